@@ -1,0 +1,58 @@
+# Every target sets itself up: `make demo` and `make test` are all that a fresh clone needs (Python 3.11+ and git).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= gapprobe-demo
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: help demo test lint types layers unit browser bench seeds wheel clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.demo ## the grounding gap of two trained toy models, as a report (about 3 minutes; OUT=folder)
+	$(BIN)/gapprobe demo --out $(OUT)
+
+test: lint types layers unit ## everything that CI runs: lint, types, layers, tests
+
+lint: $(VENV)/.dev ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## pyright, strict on src and kernels
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+layers: $(VENV)/.dev ## import-linter: a floor imports only what lies below
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.dev browser ## pytest, on all cores
+	$(BIN)/pytest -n auto --dist loadgroup
+
+browser: $(VENV)/.dev ## a Chromium for the tests of the report, if there is none
+	$(BIN)/python tests/browser.py --install
+
+bench: $(VENV)/.dev ## timings of the demo's steps, as JSON (python -m benchmarks.demo)
+	$(BIN)/python -m benchmarks.demo
+
+seeds: $(VENV)/.dev ## train both demo models again, three seeds each, and rewrite the table of seeds (about an hour)
+	$(BIN)/python -m examples.digits.train
+
+wheel: $(VENV)/.dev ## build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+clean: ## remove what these targets made, the environment too
+	rm -rf $(VENV) build dist $(OUT) runs .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gapprobe needs Python 3.11 or newer; say which one with PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.demo

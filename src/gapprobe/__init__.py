@@ -1,0 +1,75 @@
+"""gapprobe: where knowing and seeing come apart in vision-language models.
+
+The flat public API. Everything heavy (torch, transformers, nnsight, pandas, plotly) is imported when a name is first
+used, so that `import gapprobe` stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gapprobe.capture.run import capture as capture
+    from gapprobe.errors import ConfigError as ConfigError
+    from gapprobe.errors import DataError as DataError
+    from gapprobe.errors import GapprobeError as GapprobeError
+    from gapprobe.errors import ModelError as ModelError
+    from gapprobe.errors import OutputError as OutputError
+    from gapprobe.errors import StoreError as StoreError
+    from gapprobe.lens.logit import logit_lens as logit_lens
+    from gapprobe.models.check import check_model as check_model
+    from gapprobe.models.loading import load_model as load_model
+    from gapprobe.probes.sweep import sweep_probes as sweep_probes
+    from gapprobe.report.page import write_report as write_report
+    from gapprobe.selective import risk_coverage as risk_coverage
+    from gapprobe.similarity import cosine as cosine
+    from gapprobe.store.reader import open_store as open_store
+    from gapprobe.study.config import load_config as load_config
+    from gapprobe.study.run import Study as Study
+    from gapprobe.study.run import run_studies as run_studies
+    from gapprobe.tasks.examples import Example as Example
+    from gapprobe.tasks.images import ImageFile as ImageFile
+    from gapprobe.tasks.images import load_images as load_images
+    from gapprobe.tasks.prompts import load_template as load_template
+    from gapprobe.tasks.questions import load_questions as load_questions
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "capture": "gapprobe.capture.run",
+    "ConfigError": "gapprobe.errors",
+    "DataError": "gapprobe.errors",
+    "GapprobeError": "gapprobe.errors",
+    "ModelError": "gapprobe.errors",
+    "OutputError": "gapprobe.errors",
+    "StoreError": "gapprobe.errors",
+    "logit_lens": "gapprobe.lens.logit",
+    "check_model": "gapprobe.models.check",
+    "load_model": "gapprobe.models.loading",
+    "sweep_probes": "gapprobe.probes.sweep",
+    "write_report": "gapprobe.report.page",
+    "risk_coverage": "gapprobe.selective",
+    "cosine": "gapprobe.similarity",
+    "open_store": "gapprobe.store.reader",
+    "load_config": "gapprobe.study.config",
+    "Study": "gapprobe.study.run",
+    "run_studies": "gapprobe.study.run",
+    "Example": "gapprobe.tasks.examples",
+    "ImageFile": "gapprobe.tasks.images",
+    "load_images": "gapprobe.tasks.images",
+    "load_template": "gapprobe.tasks.prompts",
+    "load_questions": "gapprobe.tasks.questions",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]  # pyright: ignore[reportUnsupportedDunderAll] (the names are the keys above)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gapprobe' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

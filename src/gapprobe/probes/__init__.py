@@ -1,0 +1,1 @@
+"""Probes over layers: splits, controls, sweeps."""

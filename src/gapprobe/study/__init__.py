@@ -1,0 +1,1 @@
+"""The study step by step: configuration, resumable steps, results."""

@@ -1,0 +1,150 @@
+"""The configuration of a study: one TOML file, read into models, every mistake named before anything runs."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gapprobe.errors import ConfigError
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+class ProbeConfig(BaseModel):
+    """How the failure probe is fitted and tested.
+
+    Attributes:
+        position: the token whose residual stream the probe reads.
+        rows: `counted` (rows that count, so that a failure is a linking failure) or `full_information` (all rows whose
+            full-information answer is right, as published).
+        splits: what keeps together in cross-validation; the first one is the headline.
+        controls: what the probe is compared with, under every split.
+        folds: number of cross-validation folds.
+        c: inverse strength of the L2 penalty, scikit-learn's `C`.
+        replicates: bootstrap replicates behind every interval.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    position: Literal["last_input", "last_output"] = "last_input"
+    rows: Literal["counted", "full_information"] = "counted"
+    splits: Annotated[tuple[Literal["image", "entity", "question", "random"], ...], Field(min_length=1)] = (
+        "image",
+        "entity",
+        "question",
+        "random",
+    )
+    controls: tuple[Literal["shuffled", "question_only", "layer_0"], ...] = ("shuffled", "question_only", "layer_0")
+    folds: Annotated[int, Field(ge=2)] = 5
+    c: Annotated[float, Field(gt=0)] = 1.0
+    replicates: Annotated[int, Field(ge=100)] = 1000
+
+
+class StudyConfig(BaseModel):
+    """One model, one data set, one protocol. Paths are read from the folder of the configuration file.
+
+    Attributes:
+        name: names the study in tables and folders.
+        model: a folder, or a Hugging Face id.
+        images: a folder with one folder an entity, or a parquet file.
+        questions: a `.toml` or `.csv` question file.
+        prompts: the prompt template.
+        title: the heading of the report.
+        note: what a reader must know about the model or the data, shown in the report.
+        revision: of a Hugging Face id: a branch, tag or commit.
+        reference: what stands in place of the name when the entity is only shown; else the question file says.
+        identify: the identification question; else the question file says.
+        images_per_question: images drawn for each question.
+        trivial_images: images that show nothing, of which the majority answer counts.
+        judge: how an answer is compared with the gold one.
+        layers: `all`, or layer numbers, 0 being the embeddings.
+        max_new_tokens: length limit of an answer.
+        batch_size: prompts in one forward pass.
+        dtype: of the model while it runs.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ….
+        seed: of every random choice.
+        gallery: linking failures shown in the report.
+        probe: see ProbeConfig.
+        folder: where the configuration file is; set by `load_config`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1)]
+    images: str
+    questions: str
+    prompts: str
+    title: str = "Knowing and seeing"
+    note: str = ""
+    revision: str | None = None
+    reference: str | None = None
+    identify: str | None = None
+    images_per_question: AtLeastOne = 10
+    trivial_images: Annotated[tuple[Literal["black", "white", "noise", "none"], ...], Field(min_length=1)] = (
+        "black",
+        "white",
+        "noise",
+        "none",
+    )
+    judge: Literal["sound", "published"] = "sound"
+    layers: Literal["all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = "all"
+    max_new_tokens: AtLeastOne = 10
+    batch_size: AtLeastOne = 64
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    gallery: Annotated[int, Field(ge=0)] = 12
+    probe: ProbeConfig = ProbeConfig()
+
+    folder: Annotated[Path, Field(exclude=True)] = Path()
+
+    def path(self, value: str) -> Path:
+        """Return `value` as a path, read from the folder of the configuration file."""
+        return self.folder / Path(value).expanduser()
+
+    @property
+    def model_source(self) -> str | Path:
+        """Return the model's folder if it looks like a path or is there, else `model` as a Hugging Face id."""
+        local = self.path(self.model)
+        looks_local = self.model.startswith(("/", ".", "~")) or self.model.count("/") > 1
+        return local if local.exists() or looks_local else self.model
+
+    @property
+    def asked(self) -> str:
+        """Return the settings that decide what the model is asked, as JSON; the others only change the analysis."""
+        analysis = {"title", "note", "judge", "gallery", "probe", "batch_size", "device"}
+        return self.model_dump_json(exclude=analysis)
+
+
+def load_config(path: Path | str) -> StudyConfig:
+    """Read a study configuration.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or a field is unknown, missing, of the wrong type, or out of range.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return StudyConfig.model_validate(data | {"folder": path.parent})
+    except FileNotFoundError as error:
+        raise ConfigError(f"study configuration {path} does not exist; see examples/configs for some") from error
+    except ValidationError as error:
+        raise ConfigError(f"study configuration {path}: {_in_words(error)}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"study configuration {path} cannot be read: {error}") from error
+
+
+def _in_words(error: ValidationError) -> str:
+    problems: list[str] = []
+    for problem in error.errors():
+        setting = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            part = ProbeConfig if problem["loc"][0] == "probe" else StudyConfig
+            problems.append(f"{setting} is not a setting; the settings are {', '.join(sorted(part.model_fields))}")
+        else:
+            problems.append(f"{setting}: {problem['msg']} (given: {problem['input']!r:.80})")
+    return "; ".join(problems)

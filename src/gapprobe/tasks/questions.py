@@ -1,0 +1,189 @@
+"""Entities and the questions asked about them: loading, the published filter (1), and naming by reference.
+
+A question is stored with the slot `{entity}` where the entity is named, so that the name can be put in or replaced by
+a reference without ever touching the inside of another word ("can", "man") or missing another casing.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gapprobe.errors import ConfigError
+
+SLOT = "{entity}"
+MAX_ANSWER_WORDS = 7
+
+
+@dataclass(frozen=True)
+class Entity:
+    """Something that can be named or shown. `aliases` are other names that would give it away."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the name and all aliases."""
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A fact asked about one entity. `text` holds the slot `{entity}`; `relation` groups alike questions."""
+
+    entity: str
+    relation: str
+    text: str
+    answer: str
+
+    @property
+    def id(self) -> str:
+        """Return a readable key, unique among the questions of a study."""
+        return f"{self.relation}/{self.entity}"
+
+    def naming(self, name: str) -> str:
+        """Return the question with `name` in the slot."""
+        return self.text.replace(SLOT, name)
+
+    def referring(self, reference: str) -> str:
+        """Return the question with `reference` in the slot.
+
+        A plural ending goes with the name, and so does an article where the reference brings its own ("a dog" becomes
+        "the object in the image", not "a the object in the image").
+        """
+        article = r"(?:\b(?:an?|the)\s+)?" if re.match(r"(the|this|that|an?)\b", reference, re.IGNORECASE) else ""
+        return re.sub(rf"{article}{re.escape(SLOT)}(?:e?s\b)?", lambda _: reference, self.text, flags=re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """All questions of a study, the entities, and how an entity is referred to when it is only shown."""
+
+    entities: tuple[Entity, ...]
+    questions: tuple[Question, ...]
+    reference: str
+    identify: str
+    dropped: tuple[tuple[Question, str], ...] = ()
+
+    def entity(self, name: str) -> Entity:
+        """Return the entity called `name`."""
+        return next(e for e in self.entities if e.name == name)
+
+
+def mentions(text: str, name: str) -> list[tuple[int, int]]:
+    """Return the character spans where `name` stands as a whole word in `text`, in any casing.
+
+    A plural or possessive ending still counts as the name ("dogs", "dog's"); a longer word does not ("dogma").
+    """
+    pattern = rf"(?<!\w){re.escape(name)}(?=(?:'s|’s|s|es)?(?!\w))"
+    return [m.span() for m in re.finditer(pattern, text, flags=re.IGNORECASE)]
+
+
+def with_slot(text: str, entity: Entity) -> str:
+    """Replace every mention of `entity` in `text`, by any of its names, with the slot `{entity}`."""
+    for name in sorted(entity.names, key=len, reverse=True):
+        for start, end in reversed(mentions(text, name)):
+            text = text[:start] + SLOT + text[end:]
+    return text
+
+
+def leaks(text: str, entity: Entity) -> list[str]:
+    """Return the names of `entity` that still stand in `text`: a visual question must have none."""
+    return [name for name in entity.names if mentions(text, name)]
+
+
+def reason_to_drop(question: Question, entity: Entity) -> str | None:
+    """Apply the published filter (1); return why a pair must go, or None.
+
+    Source: arXiv 2508.18297, question generation: both non-empty, answer of at most seven words that does not hold
+    the entity, question that does.
+    """
+    if not question.text.strip() or not question.answer.strip():
+        return "empty question or answer"
+    if len(question.answer.split()) > MAX_ANSWER_WORDS:
+        return f"answer longer than {MAX_ANSWER_WORDS} words"
+    if leaks(question.answer, entity):
+        return "answer names the entity"
+    if SLOT not in question.text:
+        return "question does not name the entity"
+    return None
+
+
+def load_questions(path: Path, reference: str | None = None, identify: str | None = None) -> QuestionSet:
+    """Read a question file, `.toml` (relations and answers by entity) or `.csv` (columns entity, question, answer).
+
+    A CSV may also have the columns `relation` and `aliases` (separated by `|`); its questions name the entity in
+    plain words, or hold the slot `{entity}`. `reference` ("the object in the image") and `identify` ("What is the
+    object in the image?") override what the file says; a CSV needs them.
+
+    Raises:
+        ConfigError: the file is missing, not readable as TOML or CSV, or lacks a field.
+    """
+    if not path.is_file():
+        raise ConfigError(f"question file {path} does not exist; give a .toml or .csv file")
+    try:
+        if path.suffix == ".toml":
+            entities, questions, file_reference, file_identify = _from_toml(path)
+        elif path.suffix == ".csv":
+            entities, questions = _from_csv(path)
+            file_reference, file_identify = "the object in the image", "What is the object in the image?"
+        else:
+            raise ConfigError(f"question file {path} must end in .toml or .csv")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"question file {path} cannot be read: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"question file {path} lacks the field {error}; see docs/data.md for its form") from error
+    return _filtered(entities, questions, reference or file_reference, identify or file_identify, path)
+
+
+def _filtered(
+    entities: Iterable[Entity], questions: Iterable[Question], reference: str, identify: str, path: Path
+) -> QuestionSet:
+    by_name = {e.name: e for e in entities}
+    kept: list[Question] = []
+    dropped: list[tuple[Question, str]] = []
+    for question in questions:
+        entity = by_name.get(question.entity)
+        if entity is None:
+            raise ConfigError(f"{path}: question {question.id} is about an entity that the file does not list")
+        if question.id in {q.id for q in kept}:
+            raise ConfigError(f"{path}: two questions share relation and entity {question.id}; rename one relation")
+        reason = reason_to_drop(question, entity)
+        if reason is None and leaks(question.referring(reference), entity):
+            reason = "the question names the entity outside its slot"
+        if reason is None:
+            kept.append(question)
+        else:
+            dropped.append((question, reason))
+    if not kept:
+        raise ConfigError(f"{path}: no question is left after the filters; first reason: {dropped[:1]}")
+    return QuestionSet(tuple(by_name.values()), tuple(kept), reference, identify, tuple(dropped))
+
+
+def _from_toml(path: Path) -> tuple[list[Entity], list[Question], str, str]:
+    data = tomllib.loads(path.read_text(encoding="utf-8"))
+    entities = [Entity(e["name"], tuple(e.get("aliases", ()))) for e in data["entities"]]
+    questions = [
+        Question(entity, relation["name"], relation["questions"][0], answer)
+        for relation in data["relations"]
+        for entity, answer in relation["answers"].items()
+    ]
+    return entities, questions, data["reference"], data["identify"]
+
+
+def _from_csv(path: Path) -> tuple[list[Entity], list[Question]]:
+    entities: dict[str, Entity] = {}
+    questions: list[Question] = []
+    with path.open(encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), start=1):
+            aliases = tuple(a.strip() for a in (row.get("aliases") or "").split("|") if a.strip())
+            entity = entities.setdefault(row["entity"].strip(), Entity(row["entity"].strip(), aliases))
+            text = with_slot(row["question"], entity)
+            relation = (row.get("relation") or "").strip() or f"question-{number}"
+            questions.append(Question(entity.name, relation, text.strip(), row["answer"].strip()))
+    return list(entities.values()), questions

@@ -1,0 +1,109 @@
+"""The five settings of the study: which prompts and images one trial asks for. Nothing is run or judged here.
+
+Source: arXiv 2508.18297, experimental settings. A trial is one question about one image of its entity. Trials share
+calls: the text-only prompt, say, is the same for all images of an entity, and is run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gapprobe.errors import ConfigError, DataError
+from gapprobe.tasks.examples import Example
+from gapprobe.tasks.images import ImageFile, ImageSet, TrivialImage, size_of
+from gapprobe.tasks.prompts import PromptTemplate
+from gapprobe.tasks.questions import Question, QuestionSet
+
+SETTINGS = ("identification", "full_information", "text_only", "visual", "guess_control")
+TRIVIAL = ("black", "white", "noise", "none")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One question about one image, with the calls that each setting needs.
+
+    `text_only` and `guess_control` have one call a trivial image; both are empty when the entity's image cannot be
+    read, for then the trial cannot be run at all.
+    """
+
+    question: Question
+    image: ImageFile
+    identification: Example
+    full_information: Example
+    visual: Example
+    text_only: tuple[Example, ...]
+    guess_control: tuple[Example, ...]
+
+    @property
+    def id(self) -> str:
+        """Return a key, unique among the trials of a study."""
+        return f"{self.question.id} @ {self.image.name}"
+
+    @property
+    def calls(self) -> tuple[Example, ...]:
+        """Return all calls of this trial."""
+        return (self.identification, self.full_information, self.visual, *self.text_only, *self.guess_control)
+
+
+def build_trials(
+    questions: QuestionSet,
+    images: ImageSet,
+    template: PromptTemplate,
+    *,
+    images_per_question: int,
+    trivial: Sequence[str] = TRIVIAL,
+    seed: int = 0,
+) -> list[Trial]:
+    """Pair every question with `images_per_question` images of its entity, drawn without replacement.
+
+    Raises:
+        ConfigError: an unknown trivial image, or fewer than one image a question.
+    """
+    if unknown := [kind for kind in trivial if kind not in TRIVIAL]:
+        raise ConfigError(f"trivial image {unknown[0]!r} is not known; choose from {', '.join(TRIVIAL)}")
+    if images_per_question < 1 or not trivial:
+        raise ConfigError("a study needs at least one image a question and one trivial image")
+    rng = np.random.default_rng(seed)
+    trials: list[Trial] = []
+    for question in questions.questions:
+        candidates = images.by_entity[question.entity]
+        chosen = rng.permutation(len(candidates))[:images_per_question]
+        trials += [_trial(question, candidates[i], questions, template, trivial) for i in sorted(chosen)]
+    return trials
+
+
+def _trial(
+    question: Question, image: ImageFile, questions: QuestionSet, template: PromptTemplate, trivial: Sequence[str]
+) -> Trial:
+    named = template.render(question.naming(question.entity))
+    referred = template.render(question.referring(questions.reference))
+
+    def on_image(setting: str, text: str) -> Example:
+        asked = "" if setting == "identification" else question.id
+        return Example(text, image, _columns(setting, asked, question.entity, image.name))
+
+    def on_trivial(setting: str, text: str, entity: str) -> tuple[Example, ...]:
+        try:
+            width, height = size_of(image)
+        except DataError:
+            return ()
+        pictures = [None if kind == "none" else TrivialImage(kind, width, height) for kind in trivial]
+        asked = question.id if entity else question.relation
+        return tuple(Example(text, p, _columns(setting, asked, entity, p.name if p else "none")) for p in pictures)
+
+    return Trial(
+        question,
+        image,
+        identification=on_image("identification", template.render(questions.identify)),
+        full_information=on_image("full_information", named),
+        visual=on_image("visual", referred),
+        text_only=on_trivial("text_only", named, question.entity),
+        guess_control=on_trivial("guess_control", referred, ""),
+    )
+
+
+def _columns(setting: str, question: str, entity: str, image: str) -> dict[str, str]:
+    return {"setting": setting, "question": question, "entity": entity, "image": image}

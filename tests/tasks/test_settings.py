@@ -1,0 +1,116 @@
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from gapprobe.errors import ConfigError, DataError
+from gapprobe.tasks.images import ImageFile, ImageSet, TrivialImage, load_images
+from gapprobe.tasks.prompts import PromptTemplate, load_template
+from gapprobe.tasks.questions import Entity, Question, QuestionSet, leaks
+from gapprobe.tasks.settings import build_trials
+
+TEMPLATE = PromptTemplate(
+    "Be short.", (("Q1", "A1"),), "Q: {question} A: {answer} {stop}", "Q: {question} A:", " ", "#"
+)
+CAN, CAT = Entity("can"), Entity("cat")
+QUESTIONS = QuestionSet(
+    (CAN, CAT),
+    (Question("can", "made-of", "What is a {entity} made of?", "metal"), Question("cat", "legs", "How many?", "four")),
+    reference="the object in the image",
+    identify="What is in the image?",
+)
+
+
+def png(shade: int, size: tuple[int, int] = (6, 4)) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("L", size, shade).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def image_set(per_entity: int = 3) -> ImageSet:
+    return ImageSet({e: tuple(ImageFile(f"{e}{i}", data=png(i)) for i in range(per_entity)) for e in ("can", "cat")})
+
+
+def test_each_setting_asks_what_the_study_says() -> None:
+    trial = build_trials(QUESTIONS, image_set(), TEMPLATE, images_per_question=1)[0]
+    assert trial.full_information.text.endswith("Q: What is a can made of? A:")
+    assert trial.visual.text.endswith("Q: What is the object in the image made of? A:")
+    assert leaks(trial.visual.text, CAN) == []
+    assert trial.identification.text.endswith("Q: What is in the image? A:")
+    assert {c.image for c in (trial.identification, trial.full_information, trial.visual)} == {trial.image}
+    assert [c.text for c in trial.text_only] == [trial.full_information.text] * 4
+    assert [c.text for c in trial.guess_control] == [trial.visual.text] * 4
+    assert [c.image and c.image.name for c in trial.text_only] == ["black-6x4", "white-6x4", "noise-6x4", None]
+
+
+def test_images_are_drawn_without_replacement_and_the_same_for_the_same_seed() -> None:
+    def drawn(seed: int) -> list[str]:
+        return [
+            t.image.name for t in build_trials(QUESTIONS, image_set(50), TEMPLATE, images_per_question=9, seed=seed)
+        ]
+
+    assert len(set(drawn(1))) == 18
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_an_unreadable_image_leaves_its_trial_without_trivial_calls() -> None:
+    images = ImageSet({"can": (ImageFile("bad", data=b""),), "cat": (ImageFile("torn", data=png(1)[:40]),)})
+    for trial in build_trials(QUESTIONS, images, TEMPLATE, images_per_question=1):
+        assert trial.text_only == trial.guess_control == ()
+        with pytest.raises(DataError, match=trial.image.name):
+            trial.image.load()
+
+
+def test_an_unknown_trivial_image_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'grey' is not known"):
+        build_trials(QUESTIONS, image_set(), TEMPLATE, images_per_question=1, trivial=["grey"])
+
+
+def test_trivial_noise_is_the_same_picture_every_time_and_no_constant() -> None:
+    noise = TrivialImage("noise", 8, 5)
+    assert noise.read() == noise.read()
+    pixels = np.asarray(noise.load())
+    assert pixels.shape == (5, 8, 3)
+    assert len(np.unique(pixels)) > 50
+
+
+def test_a_folder_of_images_is_read_by_entity(tmp_path) -> None:
+    for entity in ("can", "cat", "unasked"):
+        (tmp_path / entity).mkdir()
+        (tmp_path / entity / "b.png").write_bytes(png(2))
+        (tmp_path / entity / "a.PNG").write_bytes(png(1))
+        (tmp_path / entity / "notes.txt").write_text("no image")
+    images = load_images(tmp_path, ["can", "cat"])
+    assert [i.name for i in images.by_entity["cat"]] == ["cat/a.PNG", "cat/b.png"]
+    assert images.size == 4
+    before = images.fingerprint
+    (tmp_path / "cat" / "b.png").write_bytes(png(3))
+    assert load_images(tmp_path, ["can", "cat"]).fingerprint != before
+
+
+def test_a_missing_entity_is_named(tmp_path) -> None:
+    (tmp_path / "can").mkdir()
+    (tmp_path / "can" / "a.png").write_bytes(png(1))
+    with pytest.raises(ConfigError, match="show nothing of cat"):
+        load_images(tmp_path, ["can", "cat"])
+
+
+def test_a_parquet_of_another_form_is_refused(tmp_path) -> None:
+    import pandas as pd
+
+    pd.DataFrame({"img": [1], "entity": ["can"]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match="need the columns image"):
+        load_images(tmp_path / "x.parquet", ["can"])
+    (tmp_path / "y.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ConfigError, match="need the columns image"):
+        load_images(tmp_path / "y.parquet", ["can"])
+
+
+def test_the_prompt_template_is_data(tmp_path) -> None:
+    assert TEMPLATE.render("Why?") == "Be short. Q: Q1 A: A1 # Q: Why? A:"
+    file = tmp_path / "p.toml"
+    file.write_text('instruction = "x"\nexamples = []\nsolved = ""\nquery = ""\nseparator = ""\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="lacks the field 'stop'"):
+        load_template(file)
