@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.extras import SubcommandApp
 
 from gapprobe.errors import GapprobeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gapprobe.study.config import StudyConfig
 
 Positional = tyro.conf.Positional
 Family = Literal["llava", "instructblip", "both"]
@@ -163,6 +168,18 @@ def verify(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help
             print(f"  {problem}")
     if wrong:
         sys.exit(1)
+
+
+def _run(configs: Sequence[StudyConfig], out: Path, until: str) -> None:
+    from gapprobe.report.page import write_report
+    from gapprobe.study.run import run_studies
+
+    results = run_studies(configs, out, until=until)
+    if results is None:
+        print(f"{until}: done; it is kept in {out}")
+        return
+    page = write_report(results, out / "report.html")
+    print(f"\n{results['headline']}\n\nreport   {page}\nnumbers  {out / 'results.json'}\nstore    {out / 'store'}")
 
 
 app.command(study, name="study", help="run the whole study, or its steps, from a configuration file")

@@ -1,0 +1,5 @@
+"""`python -m gapprobe` is the command line."""
+
+from gapprobe.cli import main
+
+main()

@@ -1,0 +1,258 @@
+"""What each analysis step of a study asks of the store, and the part of results.json that it fills.
+
+The mathematics is in `probes`, `lens`, `similarity`, `selective` and `stats`; here rows are chosen and numbers named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from gapprobe.errors import DataError
+from gapprobe.stats import Estimate, layer_means
+from gapprobe.study.config import StudyConfig
+from gapprobe.study.gap import weights_for
+from gapprobe.study.outcomes import counted, runnable
+from gapprobe.study.results import Json, interval, measured, number
+
+CURVE_POINTS = 200
+
+if TYPE_CHECKING:
+    from gapprobe.models.model import Model
+    from gapprobe.probes.sweep import Control
+    from gapprobe.probes.verdict import Verdict
+    from gapprobe.store.reader import Store
+
+
+def probe_rows(outcomes: pd.DataFrame, store: Store, config: StudyConfig) -> pd.DataFrame:
+    """Return the trials that the probe learns from, indexed by the row of their visual call.
+
+    A trial whose visual answer is empty has no last output token, so it is left out where that is the position read.
+    """
+    trials = runnable(outcomes)
+    trials = counted(trials) if config.probe.rows == "counted" else trials[trials["full_information"].astype(bool)]
+    if config.probe.position == "last_output":
+        answered = store.rows["answer_token_ids"].map(len) > 0
+        trials = trials[answered.reindex(trials["visual_row"]).to_numpy()]
+    return trials.set_index("visual_row")
+
+
+def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: bool) -> Json:
+    """Sweep failure probes over layers and splits; `scores` keeps the nested probe's, for selective prediction."""
+    from gapprobe.probes.sweep import sweep_probes
+
+    settings = config.probe
+    rows = probe_rows(outcomes, store, config)
+    described: Json = {
+        "position": settings.position,
+        "rows": settings.rows,
+        "target": "visual answer right",
+        "n": len(rows),
+        "positives": int(rows["visual"].sum()),
+        "folds": settings.folds,
+        "verdict": {},
+        "controls": {},
+        "controls_by_split": {},
+        "scores": None,
+    }
+    try:
+        sweep = sweep_probes(
+            store,
+            rows["visual"].astype(bool),
+            position=settings.position,
+            layers=config.layers,
+            splits={name: None if name == "random" else rows[name] for name in settings.splits},
+            questions=rows[["relation", "entity"]],
+            clusters=(rows["question"], rows["image"]),
+            controls=cast("tuple[Control, ...]", settings.controls),
+            folds=settings.folds,
+            c=settings.c,
+            seed=config.seed,
+            replicates=settings.replicates,
+            progress=progress,
+        )
+    except DataError as error:
+        # A study whose trials are all right, or too few, still has a gap to report.
+        return described | {"why_not": f"No probe was fitted: {error}."}
+    curves = {
+        key: {
+            "auc": [number(v) for v in part["auc"]],
+            "ci": [[number(low), number(high)] for low, high in zip(part["ci_low"], part["ci_high"], strict=True)],
+            "n": int(part["n"].max()),
+        }
+        for key, part in sweep.table.groupby(["split", "kind"], sort=False)
+    }
+    controls = {s: {c: curves[s, c] for c in settings.controls} for s in settings.splits}
+    first = settings.splits[0]
+    return (
+        described
+        | {split: curves[split, "probe"] for split in settings.splits}
+        | {
+            "controls": controls[first],
+            "controls_by_split": controls,
+            "verdict": {split: _verdict(sweep.verdict(split)) for split in settings.splits},
+            "scores": {
+                "split": first,
+                "probability": [float(p) for p in sweep.nested[first].probability],
+                "fold": [int(f) for f in sweep.folds[first].outer],
+            },
+        }
+    )
+
+
+def _verdict(verdict: Verdict) -> Json:
+    return {
+        "chosen": "nested",
+        "layers": list(verdict.layers),
+        "probe": measured(verdict.probe, "auc"),
+        "control": verdict.control,
+        "control_auc": verdict.control_auc and measured(verdict.control_auc, "auc"),
+        "difference": verdict.difference and measured(verdict.difference),
+        "beats": verdict.beats,
+        "sentence": verdict.sentence,
+    }
+
+
+def lens(store: Store, outcomes: pd.DataFrame, model: Model, config: StudyConfig) -> Json:
+    """Read the probability of the answer's first token at every layer, told and shown, in all four conventions."""
+    from gapprobe.lens.logit import logit_lens
+
+    trials = counted(outcomes)
+    if trials.empty:
+        return {"why_not": "No trial counts, so there is nothing to read."}
+    weights = weights_for(trials, config.probe.replicates, config.seed)
+    unembedding = model.unembedding()
+    gold = {answer: model.first_token(answer) for answer in trials["gold"].unique()}
+    generated = {i: tokens[0] if len(tokens) else -1 for i, tokens in store.rows["answer_token_ids"].items()}
+    shown = trials["visual"].to_numpy(dtype=bool)
+
+    def probability(setting: str, normed: bool, target: str) -> Float[np.ndarray, "l n"]:
+        ids = trials[f"{setting}_row"].tolist()
+        tokens = np.array([gold[g] for g in trials["gold"]] if target == "gold" else [generated[i] for i in ids])
+        answered = tokens >= 0
+        read = logit_lens(
+            store,
+            unembedding,
+            [i for i, there in zip(ids, answered, strict=True) if there],
+            tokens[answered],
+            position="last_input",
+            weights=model.weights_fingerprint,
+            layers=config.layers,
+            norm=normed,
+        ).probability
+        out = np.full((len(read), len(ids)), np.nan)
+        out[:, answered] = read
+        return out
+
+    conventions = {
+        f"{'norm' if normed else 'bare'}_{target}": {
+            setting: probability(f"{setting}_only" if setting == "text" else setting, normed, target)
+            for setting in ("text", "visual")
+        }
+        for normed in (True, False)
+        for target in ("gold", "generated")
+    }
+    sound = conventions["norm_gold"]
+    series = {
+        "text": layer_means(sound["text"], weights),
+        "visual": layer_means(sound["visual"], weights),
+        "visual_success": layer_means(sound["visual"][:, shown], weights[:, shown]),
+        "visual_failure": layer_means(sound["visual"][:, ~shown], weights[:, ~shown]),
+    }
+    return {
+        "convention": "final norm at every layer, first token of the gold answer, at the last input token",
+        **_parallel(series),
+        "variants": {
+            name: {setting: [number(v) for v in np.nanmean(p, axis=1)] for setting, p in parts.items()}
+            for name, parts in conventions.items()
+        },
+    }
+
+
+def cosine(store: Store, outcomes: pd.DataFrame, config: StudyConfig) -> Json:
+    """Compare each trial's visual state with its full-information state, for successes and linking failures."""
+    from gapprobe.similarity import cosine as paired_cosine
+
+    trials = counted(outcomes)
+    if trials.empty:
+        return {"why_not": "No trial counts, so there is nothing to compare."}
+    weights = weights_for(trials, config.probe.replicates, config.seed)
+    result = paired_cosine(
+        store,
+        trials["visual_row"].tolist(),
+        trials["full_information_row"].tolist(),
+        position="last_input",
+        layers=config.layers,
+    )
+    shown = trials["visual"].to_numpy(dtype=bool)
+
+    def split(values: Float[np.ndarray, "l n"]) -> Json:
+        return _parallel(
+            {
+                "success": layer_means(values[:, shown], weights[:, shown]),
+                "failure": layer_means(values[:, ~shown], weights[:, ~shown]),
+            }
+        )
+
+    return {
+        "pair": ["full_information", "visual"],
+        "position": "last_input",
+        **split(result.raw),
+        "centred": split(result.centred),
+    }
+
+
+def selective(store: Store, outcomes: pd.DataFrame, scores: Mapping[str, Any] | None, config: StudyConfig) -> Json:
+    """Answer only when confident: by perplexity, by the probe, by both, on the rows and folds of the probe.
+
+    A trial whose visual answer is empty has no token to take a log-probability of, and is left out.
+    """
+    from gapprobe.selective import THRESHOLD, selective_scores
+    from gapprobe.selective import selective as measure
+
+    if scores is None:
+        return {"why_not": "Selective prediction needs the probe, and no probe was fitted."}
+    rows = probe_rows(outcomes, store, config)
+    log_probs = store.rows["answer_logprobs"].reindex(rows.index)
+    answered = log_probs.map(len).to_numpy() > 0
+    rows, log_probs = rows[answered], log_probs[answered]
+    right = rows["visual"].to_numpy(dtype=bool)
+    weights = weights_for(rows, config.probe.replicates, config.seed)
+    try:
+        confidences = selective_scores(
+            np.array([float(np.mean(values)) for values in log_probs]),
+            np.array(scores["probability"])[answered],
+            right,
+            np.array(scores["fold"])[answered],
+        )
+    except DataError as error:
+        return {"why_not": f"Selective prediction was not measured: {error}."}
+    described: Json = {
+        "n": len(rows),
+        "left_out": int((~answered).sum()),
+        "split": scores["split"],
+        "operating_point": f"answer when the probability of being right is at least {THRESHOLD}",
+    }
+    for method, confidence in confidences.items():
+        result = measure(confidence, right, weights)
+        parts = {"coverage": result.coverage, "risk": result.risk, "aurc": result.aurc, "e_aurc": result.e_aurc}
+        curve = result.curve.thinned(CURVE_POINTS)
+        described[method] = {
+            **{name: number(part.value) for name, part in parts.items()},
+            "n": len(rows),
+            "ci": {name: interval(part) for name, part in parts.items()},
+            "curve": {"coverage": curve.coverage.tolist(), "risk": curve.risk.tolist()},
+        }
+    return described
+
+
+def _parallel(series: Mapping[str, Sequence[Estimate]]) -> Json:
+    return {
+        **{name: [number(e.value) for e in estimates] for name, estimates in series.items()},
+        "ci": {name: [interval(e) for e in estimates] for name, estimates in series.items()},
+        "n": {name: max((e.n for e in estimates), default=0) for name, estimates in series.items()},
+    }

@@ -1,0 +1,45 @@
+"""The shape of results.json: numbers with n and interval, reading it back. docs/results.md is its documentation."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from gapprobe.errors import DataError
+from gapprobe.stats import Estimate
+
+SCHEMA = 1
+Json = dict[str, object]
+
+
+def number(value: float) -> float | None:
+    """Return `value`, or None (JSON's null) where it does not exist."""
+    return float(value) if math.isfinite(value) else None
+
+
+def interval(estimate: Estimate) -> list[float | None]:
+    """Return the ends of the 95 % interval."""
+    return [number(estimate.low), number(estimate.high)]
+
+
+def measured(estimate: Estimate, name: str = "value") -> Json:
+    """Return a number with its n and interval, under `name`."""
+    return {name: number(estimate.value), "n": estimate.n, "ci": interval(estimate)}
+
+
+def read_results(path: Path) -> Json:
+    """Read a results.json.
+
+    Raises:
+        DataError: the file is missing, is no JSON, or has another schema.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: is this the output folder of a finished study?") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise DataError(f"{path} is not a results file of schema {SCHEMA}, which this version of gapprobe reads")
+    return results

@@ -1,0 +1,267 @@
+"""The study, step by step: capture, outcomes, probe, lens, cosine, selective; each kept, each callable on its own."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gapprobe
+from gapprobe.errors import ConfigError
+from gapprobe.files import write_json
+from gapprobe.study import analysis
+from gapprobe.study.config import StudyConfig
+from gapprobe.study.gallery import linking_failures
+from gapprobe.study.gap import measure_gap
+from gapprobe.study.headline import headline
+from gapprobe.study.outcomes import judge_trials
+from gapprobe.study.results import SCHEMA, Json
+from gapprobe.study.steps import Steps, claim, key_of
+from gapprobe.tasks.examples import Example
+from gapprobe.tasks.images import ImageSet, load_images
+from gapprobe.tasks.prompts import PromptTemplate, load_template
+from gapprobe.tasks.questions import QuestionSet, load_questions
+from gapprobe.tasks.settings import Trial, build_trials
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gapprobe.models.model import Model
+    from gapprobe.store.reader import Store
+
+POSITIONS = ("last_input", "last_output")
+STEPS = ("capture", "outcomes", "probe", "lens", "cosine", "selective", "report")
+
+
+class Study:
+    """One study in one output folder. Every step runs what it needs first, and keeps what it finds.
+
+    Args:
+        config: from `load_config`.
+        out: output folder; several studies may share one.
+        progress: show progress bars.
+
+    Raises:
+        ConfigError: questions, prompts or images cannot be used.
+    """
+
+    def __init__(self, config: StudyConfig, out: Path, *, progress: bool = True) -> None:
+        self.config = config
+        self.out = out
+        self.progress = progress
+        self.questions: QuestionSet = load_questions(
+            config.path(config.questions), config.reference, config.identify
+        )
+        self.template: PromptTemplate = load_template(config.path(config.prompts))
+        asked_about = list(dict.fromkeys(q.entity for q in self.questions.questions))
+        self.images: ImageSet = load_images(config.path(config.images), asked_about)
+        self.trials: list[Trial] = build_trials(
+            self.questions,
+            self.images,
+            self.template,
+            images_per_question=config.images_per_question,
+            trivial=config.trivial_images,
+            seed=config.seed,
+        )
+        self._steps = Steps(out / "steps" / config.name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a hash of all that the model is asked: settings, questions, prompts, images."""
+        files = [self.config.path(p).read_bytes() for p in (self.config.questions, self.config.prompts)]
+        return key_of(self.config.asked, *(hashlib.sha256(f).hexdigest() for f in files), self.images.fingerprint)
+
+    @cached_property
+    def model(self) -> Model:
+        """Load the model, once."""
+        from gapprobe.models.loading import load_model
+
+        config = self.config
+        return load_model(config.model_source, dtype=config.dtype, device=config.device, revision=config.revision)
+
+    def capture(self) -> Store:
+        """Ask the model everything and keep answers and residual streams; goes on where an earlier run stopped."""
+        return self._store
+
+    @cached_property
+    def _store(self) -> Store:
+        from gapprobe.capture.run import capture
+
+        start = time.perf_counter()
+        examples = {self.row_of(call): call for trial in self.trials for call in trial.calls}
+        store = capture(
+            self.model,
+            list(examples.values()),
+            self.out / "store" / self.config.name,
+            layers=self.config.layers,
+            positions=POSITIONS,
+            batch_size=self.config.batch_size,
+            max_new_tokens=self.config.max_new_tokens,
+            stop=self.template.stop,
+            progress=self.progress,
+        )
+        self._steps.seconds["capture"] = round(time.perf_counter() - start, 3)
+        return store
+
+    def row_of(self, example: Example) -> str:
+        """Return the id of the row that holds a call."""
+        from gapprobe.capture.plan import row_id
+
+        return row_id(
+            example, positions=POSITIONS, max_new_tokens=self.config.max_new_tokens, stop=self.template.stop
+        )
+
+    @cached_property
+    def outcomes(self) -> pd.DataFrame:
+        """Judge every trial in every setting; see `gapprobe.study.outcomes.judge_trials`."""
+        return judge_trials(self.trials, self.row_of, self.capture().rows, self.questions, self.config.judge)
+
+    def gap(self) -> Json:
+        """Measure the accuracies, which trials count, and the gap."""
+        probe = self.config.probe
+        return self._once(
+            "outcomes", lambda: measure_gap(self.outcomes, replicates=probe.replicates, seed=self.config.seed)
+        )
+
+    def probe(self) -> Json:
+        """Fit the failure probes at every layer, with controls, and selective prediction's scores."""
+        return self._once("probe", lambda: analysis.probe(self.capture(), self.outcomes, self.config, self.progress))
+
+    def lens(self) -> Json:
+        """Read the answer's probability at every layer, told and shown."""
+        return self._once("lens", lambda: analysis.lens(self.capture(), self.outcomes, self.model, self.config))
+
+    def cosine(self) -> Json:
+        """Compare the visual with the full-information state at every layer."""
+        return self._once("cosine", lambda: analysis.cosine(self.capture(), self.outcomes, self.config))
+
+    def selective(self) -> Json:
+        """Measure selective prediction by perplexity, by the probe, and by both."""
+        scores = self.probe()["scores"]
+        return self._once(
+            "selective", lambda: analysis.selective(self.capture(), self.outcomes, scores, self.config)
+        )
+
+    def run(self, until: str = "report") -> Json | None:
+        """Run the steps up to `until`; return this study's part of results.json once all of them are there."""
+        for name, step in zip(STEPS, (self.capture, self.gap, self.probe, self.lens, self.cosine, self.selective)):
+            step()
+            if name == until:
+                return None
+        return self._family()
+
+    def _once(self, name: str, compute: Callable[[], Json]) -> Json:
+        store = self.capture()
+        parts = (gapprobe.__version__, self.fingerprint, self.config.model_dump_json(), store.header.fingerprint)
+        return self._steps.once(name, key_of(*parts), compute)
+
+    def _family(self) -> Json:
+        gallery = self._once(
+            "gallery",
+            lambda: {
+                "gallery": linking_failures(
+                    self.trials, self.outcomes, self.questions, most=self.config.gallery, seed=self.config.seed
+                )
+            },
+        )
+        store, probe = self.capture(), self.probe()
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "model": describe_model(self.model),
+            "data": {
+                "questions": len(self.questions.questions),
+                "entities": len(self.images.by_entity),
+                "images": self.images.size,
+                "trials": len(self.trials),
+                "dropped": [{"question": q.naming(q.entity), "reason": why} for q, why in self.questions.dropped],
+            },
+            "rows": _rows(store.rows.loc[sorted({self.row_of(c) for trial in self.trials for c in trial.calls})]),
+            **self.gap(),
+            "layers": list(store.header.layers),
+            "probe": {key: value for key, value in probe.items() if key != "scores"},
+            "lens": self.lens(),
+            "cosine": self.cosine(),
+            "selective": self.selective(),
+            **gallery,
+        }
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Return the wall time of each step, from when it last ran."""
+        return self._steps.seconds
+
+
+def describe_model(model: Model) -> Json:
+    """Return what results.json says of a model."""
+    return {
+        **model.describe(),
+        "layers": model.n_layers,
+        "width": model.width,
+        "parameters": model.parameters,
+    }
+
+
+def _rows(rows: pd.DataFrame) -> Json:
+    failed = rows[rows["error"].notna()]
+    kinds = [
+        {"kind": str(kind), "error": str(part["error"].iloc[0]), "n": len(part)}
+        for kind, part in failed.groupby("error_kind", sort=True)
+    ]
+    return {"run": len(rows) - len(failed), "failed": len(failed), "failures": kinds}
+
+
+def run_studies(
+    configs: Sequence[StudyConfig], out: Path | str, *, until: str = "report", progress: bool = True
+) -> Json | None:
+    """Run studies into one folder and write `results.json` there; steps that are already there are not run again.
+
+    Args:
+        configs: one a study; their names must differ.
+        out: the output folder; made if it is not there.
+        until: the last step to run, of `STEPS`.
+        progress: show progress bars.
+
+    Returns:
+        The results, or None when `until` is an earlier step.
+
+    Raises:
+        ConfigError: no study, two of one name, or questions, prompts or images that cannot be used.
+        OutputError: the folder is another study's, cannot be written, or has no room.
+        ModelError: a model cannot be loaded or traced.
+    """
+    out = Path(out)
+    names = [config.name for config in configs]
+    if not configs or len(set(names)) < len(names):
+        raise ConfigError("give at least one study, each with a name of its own" if configs else "give a configuration")
+    studies = [Study(config, out, progress=progress) for config in configs]
+    claim(out, {study.config.name: study.fingerprint for study in studies})
+    families = {study.config.name: study.run(until) for study in studies}
+    if until != "report":
+        return None
+    results: Json = {
+        "schema": SCHEMA,
+        "headline": headline(families),
+        "study": {"title": configs[0].title, "note": configs[0].note, "names": names},
+        "families": families,
+        "versions": versions(),
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "steps": [
+            {"family": study.config.name, "step": step, "seconds": seconds}
+            for study in studies
+            for step, seconds in study.seconds.items()
+        ],
+    }
+    write_json(out / "results.json", results)
+    return results
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of gapprobe and of the packages that its numbers depend on."""
+    packages = ("torch", "transformers", "nnsight", "safetensors", "numpy", "scikit-learn", "pandas")
+    return {"gapprobe": gapprobe.__version__, **{p: importlib.metadata.version(p) for p in packages}}

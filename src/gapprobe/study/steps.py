@@ -1,0 +1,82 @@
+"""Finished steps of a study on disk, so that a killed run goes on where it was and a finished one is not run twice.
+
+A step is kept with a key made of everything that its result depends on; another key means running it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from gapprobe.errors import OutputError
+from gapprobe.files import write_json
+from gapprobe.study.results import Json
+
+MARKER = "study.json"
+
+
+def key_of(*parts: str) -> str:
+    """Return one hash of `parts`."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+class Steps:
+    """The steps of one study, in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.seconds: dict[str, float] = {}
+
+    def once(self, name: str, key: str, compute: Callable[[], Json]) -> Json:
+        """Return the result of step `name`, from disk if it was kept under the same key, else by running it."""
+        path = self._folder / f"{name}.json"
+        kept = _read(path)
+        if kept is None or kept.get("key") != key:
+            start = time.perf_counter()
+            result = compute()
+            kept = {"key": key, "seconds": round(time.perf_counter() - start, 3), "result": result}
+            write_json(path, kept)
+            # What is returned is what a resumed run would read: a value that JSON would change cannot slip through.
+            kept = json.loads(path.read_text(encoding="utf-8"))
+        self.seconds[name] = kept["seconds"]
+        return kept["result"]
+
+
+def claim(out: Path, studies: dict[str, str]) -> None:
+    """Make `out` the output folder of these studies (name to fingerprint), or refuse.
+
+    Raises:
+        OutputError: the folder holds something else, or a study of the same name that asks something else.
+    """
+    marker = out / MARKER
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; choose a folder")
+    if not marker.exists():
+        foreign = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+        if foreign:
+            raise OutputError(
+                f"output folder {out} is not empty and not gapprobe's (it holds {foreign[0]}); choose another one"
+            )
+        held: dict[str, str] = {}
+    else:
+        content = _read(marker)
+        held = dict(content["studies"]) if content and isinstance(content.get("studies"), dict) else {}
+    for name, fingerprint in studies.items():
+        if held.get(name, fingerprint) != fingerprint:
+            raise OutputError(
+                f"output folder {out} holds another study called {name}: its model, data or prompts differ from this "
+                "one's. Choose another folder, or remove that one to start over"
+            )
+    if held | studies != held or not marker.exists():
+        write_json(marker, {"gapprobe": "output folder of a study", "studies": held | studies})
+
+
+def _read(path: Path) -> Json | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
