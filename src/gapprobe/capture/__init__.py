@@ -1,1 +1,1 @@
-"""From a model and examples to a store: tracing, generation, batching, resuming."""
+"""Capture: a model run over examples, its answers and residual streams written to a store that can be resumed."""

@@ -1,1 +1,1 @@
-"""Vision-language models behind one interface: families as data, loading, checks."""
+"""Vision-language models: families as data, loading, one traced batch, and the check that a trace is right."""

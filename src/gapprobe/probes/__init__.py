@@ -1,1 +1,1 @@
-"""Probes over layers: splits, controls, sweeps."""
+"""Probes over layers, the folds they are judged on and the controls they must beat. They read stores only."""

@@ -77,7 +77,15 @@ def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: b
         )
     except DataError as error:
         # A study whose trials are all right, or too few, still has a gap to report.
-        return described | {"why_not": f"No probe was fitted: {error}."}
+        layers = store.header.layers
+        nothing: Json = {"auc": [None] * len(layers), "ci": [[None, None]] * len(layers), "n": len(rows)}
+        controls = {c: nothing for c in settings.controls}
+        return (
+            described
+            | dict.fromkeys(settings.splits, nothing)
+            | {"controls": controls, "controls_by_split": dict.fromkeys(settings.splits, controls)}
+            | {"why_not": f"No probe was fitted: {error}."}
+        )
     curves = {
         key: {
             "auc": [number(v) for v in part["auc"]],
@@ -122,8 +130,6 @@ def lens(store: Store, outcomes: pd.DataFrame, model: Model, config: StudyConfig
     from gapprobe.lens.logit import logit_lens
 
     trials = counted(outcomes)
-    if trials.empty:
-        return {"why_not": "No trial counts, so there is nothing to read."}
     weights = weights_for(trials, config.probe.replicates, config.seed)
     unembedding = model.unembedding()
     gold = {answer: model.first_token(answer) for answer in trials["gold"].unique()}
@@ -167,7 +173,7 @@ def lens(store: Store, outcomes: pd.DataFrame, model: Model, config: StudyConfig
         "convention": "final norm at every layer, first token of the gold answer, at the last input token",
         **_parallel(series),
         "variants": {
-            name: {setting: [number(v) for v in np.nanmean(p, axis=1)] for setting, p in parts.items()}
+            name: {setting: [number(e.value) for e in layer_means(p, weights)] for setting, p in parts.items()}
             for name, parts in conventions.items()
         },
     }
@@ -178,16 +184,18 @@ def cosine(store: Store, outcomes: pd.DataFrame, config: StudyConfig) -> Json:
     from gapprobe.similarity import cosine as paired_cosine
 
     trials = counted(outcomes)
-    if trials.empty:
-        return {"why_not": "No trial counts, so there is nothing to compare."}
     weights = weights_for(trials, config.probe.replicates, config.seed)
-    result = paired_cosine(
-        store,
-        trials["visual_row"].tolist(),
-        trials["full_information_row"].tolist(),
-        position="last_input",
-        layers=config.layers,
-    )
+    if trials.empty:
+        raw = centred = np.empty((len(store.header.layers), 0))
+    else:
+        result = paired_cosine(
+            store,
+            trials["visual_row"].tolist(),
+            trials["full_information_row"].tolist(),
+            position="last_input",
+            layers=config.layers,
+        )
+        raw, centred = result.raw, result.centred
     shown = trials["visual"].to_numpy(dtype=bool)
 
     def split(values: Float[np.ndarray, "l n"]) -> Json:
@@ -201,8 +209,8 @@ def cosine(store: Store, outcomes: pd.DataFrame, config: StudyConfig) -> Json:
     return {
         "pair": ["full_information", "visual"],
         "position": "last_input",
-        **split(result.raw),
-        "centred": split(result.centred),
+        **split(raw),
+        "centred": split(centred),
     }
 
 
@@ -215,7 +223,7 @@ def selective(store: Store, outcomes: pd.DataFrame, scores: Mapping[str, Any] | 
     from gapprobe.selective import selective as measure
 
     if scores is None:
-        return {"why_not": "Selective prediction needs the probe, and no probe was fitted."}
+        return _nothing_selective("Selective prediction needs the probe, and no probe was fitted.")
     rows = probe_rows(outcomes, store, config)
     log_probs = store.rows["answer_logprobs"].reindex(rows.index)
     answered = log_probs.map(len).to_numpy() > 0
@@ -230,7 +238,7 @@ def selective(store: Store, outcomes: pd.DataFrame, scores: Mapping[str, Any] | 
             np.array(scores["fold"])[answered],
         )
     except DataError as error:
-        return {"why_not": f"Selective prediction was not measured: {error}."}
+        return _nothing_selective(f"Selective prediction was not measured: {error}.")
     described: Json = {
         "n": len(rows),
         "left_out": int((~answered).sum()),
@@ -248,6 +256,16 @@ def selective(store: Store, outcomes: pd.DataFrame, scores: Mapping[str, Any] | 
             "curve": {"coverage": curve.coverage.tolist(), "risk": curve.risk.tolist()},
         }
     return described
+
+
+def _nothing_selective(why_not: str) -> Json:
+    nothing: Json = {
+        **dict.fromkeys(("coverage", "risk", "aurc", "e_aurc")),
+        "n": 0,
+        "ci": dict.fromkeys(("coverage", "risk", "aurc", "e_aurc"), [None, None]),
+        "curve": {"coverage": [], "risk": []},
+    }
+    return {"n": 0, "why_not": why_not, **dict.fromkeys(("perplexity", "probe", "ensemble"), nothing)}
 
 
 def _parallel(series: Mapping[str, Sequence[Estimate]]) -> Json:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from gapprobe.errors import DataError
 from gapprobe.stats import Estimate
 
 SCHEMA = 1
-Json = dict[str, object]
+Json = dict[str, Any]
 
 
 def number(value: float) -> float | None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from gapprobe.store.reader import Store
 
 POSITIONS = ("last_input", "last_output")
+Call = tuple[str, str | None]
 STEPS = ("capture", "outcomes", "probe", "lens", "cosine", "selective", "report")
 
 
@@ -94,10 +95,9 @@ class Study:
         from gapprobe.capture.run import capture
 
         start = time.perf_counter()
-        examples = {self.row_of(call): call for trial in self.trials for call in trial.calls}
         store = capture(
             self.model,
-            list(examples.values()),
+            list(self._calls.values()),
             self.out / "store" / self.config.name,
             layers=self.config.layers,
             positions=POSITIONS,
@@ -109,13 +109,22 @@ class Study:
         self._steps.seconds["capture"] = round(time.perf_counter() - start, 3)
         return store
 
+    @cached_property
+    def _calls(self) -> dict[Call, Example]:
+        """Return every different call of all trials, once."""
+        return {call_of(example): example for trial in self.trials for example in trial.calls}
+
+    @cached_property
+    def _ids(self) -> dict[Call, str]:
+        from gapprobe.capture.plan import row_ids
+        from gapprobe.capture.run import generation_settings
+
+        generation = generation_settings(self.config.max_new_tokens, self.template.stop)
+        return dict(zip(self._calls, row_ids(list(self._calls.values()), POSITIONS, generation), strict=True))
+
     def row_of(self, example: Example) -> str:
         """Return the id of the row that holds a call."""
-        from gapprobe.capture.plan import row_id
-
-        return row_id(
-            example, positions=POSITIONS, max_new_tokens=self.config.max_new_tokens, stop=self.template.stop
-        )
+        return self._ids[call_of(example)]
 
     @cached_property
     def outcomes(self) -> pd.DataFrame:
@@ -150,7 +159,7 @@ class Study:
 
     def run(self, until: str = "report") -> Json | None:
         """Run the steps up to `until`; return this study's part of results.json once all of them are there."""
-        for name, step in zip(STEPS, (self.capture, self.gap, self.probe, self.lens, self.cosine, self.selective)):
+        for name, step in zip(STEPS, (self.capture, self.gap, self.probe, self.lens, self.cosine, self.selective), strict=False):
             step()
             if name == until:
                 return None
@@ -173,7 +182,8 @@ class Study:
         store, probe = self.capture(), self.probe()
         return {
             "config": self.config.model_dump(mode="json"),
-            "model": describe_model(self.model),
+            # As the configuration spells it: where the folder lies on this machine is nobody's business.
+            "model": describe_model(self.model) | {"source": self.config.model},
             "data": {
                 "questions": len(self.questions.questions),
                 "entities": len(self.images.by_entity),
@@ -181,7 +191,7 @@ class Study:
                 "trials": len(self.trials),
                 "dropped": [{"question": q.naming(q.entity), "reason": why} for q, why in self.questions.dropped],
             },
-            "rows": _rows(store.rows.loc[sorted({self.row_of(c) for trial in self.trials for c in trial.calls})]),
+            "rows": _rows(store.rows.loc[sorted(set(self._ids.values()))]),
             **self.gap(),
             "layers": list(store.header.layers),
             "probe": {key: value for key, value in probe.items() if key != "scores"},
@@ -195,6 +205,11 @@ class Study:
     def seconds(self) -> dict[str, float]:
         """Return the wall time of each step, from when it last ran."""
         return self._steps.seconds
+
+
+def call_of(example: Example) -> Call:
+    """Return what tells one call of a study from another: the prompt, and the name of the image."""
+    return example.text, example.image.name if example.image else None
 
 
 def describe_model(model: Model) -> Json:
@@ -241,7 +256,8 @@ def run_studies(
         raise ConfigError("give at least one study, each with a name of its own" if configs else "give a configuration")
     studies = [Study(config, out, progress=progress) for config in configs]
     claim(out, {study.config.name: study.fingerprint for study in studies})
-    families = {study.config.name: study.run(until) for study in studies}
+    parts = {study.config.name: study.run(until) for study in studies}
+    families = {name: part for name, part in parts.items() if part is not None}
     if until != "report":
         return None
     results: Json = {

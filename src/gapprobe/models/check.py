@@ -1,0 +1,143 @@
+"""Is what gapprobe would capture really this model's residual stream? Asked once a run, on a small real batch.
+
+The batch has two prompts of different length and two images of different shape, so that padding, image tokens and
+positions all differ between its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import PIL.Image
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gapprobe.errors import ModelError
+from gapprobe.kernels.logit_lens import reference
+from gapprobe.models.model import Model
+from gapprobe.models.trace import Traced, trace
+
+PROMPTS = ("Question: What is this? Answer:", "Look at the image. Question: What is the capital of France? Answer:")
+SIZES = ((48, 40), (36, 56))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the error that was measured, and the most it may be."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the error is within its bound; a NaN is not."""
+        return self.error <= self.bound
+
+    def __str__(self) -> str:
+        """Return a line to print."""
+        return f"{'ok  ' if self.passed else 'FAIL'}  {self.name}: error {self.error:.2g}, bound {self.bound:.2g}"
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """All comparisons of one model."""
+
+    model: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Return whether all comparisons passed."""
+        return all(check.passed for check in self.checks)
+
+    def __str__(self) -> str:
+        """Return the comparisons, one a line."""
+        return "\n".join([self.model, *(f"  {check}" for check in self.checks)])
+
+    def require(self) -> None:
+        """Raise ModelError when a comparison failed."""
+        if not self.passed:
+            raise ModelError(
+                f"{self.model}: what gapprobe would capture is not this model's residual stream; it needs a family row "
+                f"of its own.\n{self}"
+            )
+
+
+@torch.no_grad()
+def check_model(model: Model) -> ModelCheck:
+    """Compare the traced stream with transformers' own, a batch with its rows, and the logits with the last layer.
+
+    But for the bit-equal layers, errors are relative. Between streams: the largest distance of two tokens' vectors over
+    the root mean square length of a vector in that layer. Between logits: the difference in log-probability of the most
+    and the least likely word over the standard deviation of the logits. The bound is 16 · eps · sqrt(L + 1), at most
+    0.2: rounding errors of a few eps in every block that add up like a random walk, eps being that of the model's
+    dtype. A wrong position, layer or norm gives errors of 0.03 to 1, so check in float32 where you can: bfloat16 hides
+    the smaller ones.
+    """
+    images = [_noise(seed, *size) for seed, size in enumerate(SIZES)]
+    inputs = model.encode(PROMPTS, images)
+    mask = inputs["attention_mask"].bool()
+    top = model.n_layers
+    bound = min(16 * torch.finfo(model.hf.dtype).eps * (top + 1) ** 0.5, 0.2)
+
+    traced = _trace_all(model, inputs)
+    stream = traced.residual
+    output = cast(Any, model.hf)(**inputs, output_hidden_states=True, use_cache=False)
+    owner = getattr(output, model.family.hidden_states) if model.family.hidden_states else output
+    theirs = owner.hidden_states
+    if len(theirs) != top + 1:
+        raise ModelError(f"{model.source}: {top} blocks were found, but transformers returns {len(theirs) - 1}")
+
+    unequal = max(_difference(stream[:, layer][mask], theirs[layer][mask]) for layer in range(top))
+    final = cast(Any, model.part(model.family.final_norm))(stream[:, top])
+    normed = _distance(final[mask], theirs[top][mask])
+    apart: list[float] = []
+    for i, (prompt, image) in enumerate(zip(PROMPTS, images, strict=True)):
+        alone = _trace_all(model, model.encode([prompt], [image])).residual[0]
+        apart += [_distance(stream[i, layer][mask[i]], alone[layer]) for layer in range(top + 1)]
+    return ModelCheck(
+        f"{model.source} ({model.family.name}, {top} blocks, {str(model.hf.dtype).removeprefix('torch.')})",
+        (
+            Check(f"layers 0 to {top - 1} are output_hidden_states, bit for bit", unequal, 0.0),
+            Check(f"layer {top} through the final norm is the last of them", normed, bound),
+            Check("a batch gives what its rows give alone", max(apart), bound),
+            Check(f"the logits follow from layer {top}", _lens_error(model, traced), bound),
+        ),
+    )
+
+
+def _trace_all(model: Model, inputs: dict[str, Tensor]) -> Traced:
+    n, t = inputs["input_ids"].shape
+    columns = torch.arange(t, device=inputs["input_ids"].device).expand(n, t)
+    return trace(model, inputs, columns, range(model.n_layers + 1))
+
+
+def _lens_error(model: Model, traced: Traced) -> float:
+    """Compare the log-probabilities of the last column with those that the lens finds from the last layer."""
+    logits = traced.logits[:, -1].double()
+    unembedding = model.unembedding()
+    errors: list[Tensor] = []
+    for targets in (logits.argmax(1), logits.argmin(1)):
+        found = reference(traced.residual[:, -1, -1], unembedding, targets).log_prob
+        errors.append((found - logits.log_softmax(1).gather(1, targets[:, None])[:, 0]).abs())
+    return (torch.stack(errors).max() / logits.std()).nan_to_num(nan=torch.inf).item()
+
+
+def _difference(a: Float[Tensor, "t d"], b: Float[Tensor, "t d"]) -> float:
+    """Return the largest difference; a NaN on either side is infinitely wrong."""
+    return (a - b).abs().nan_to_num(nan=torch.inf).max().item()
+
+
+def _distance(a: Float[Tensor, "t d"], b: Float[Tensor, "t d"]) -> float:
+    a, b = a.double(), b.double()
+    scale = b.square().sum(-1).mean().sqrt()
+    return ((a - b).norm(dim=-1).max() / scale).nan_to_num(nan=torch.inf).item()
+
+
+def _noise(seed: int, width: int, height: int) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)

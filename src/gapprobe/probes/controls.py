@@ -1,0 +1,73 @@
+"""What a probe must beat before it says anything: predictors that never see the image's activations.
+
+`question_only` knows a row's relation and entity and how often they succeeded; `shuffled` has labels that mean nothing.
+The third control, the same probe at layer 0, needs no code of its own.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+
+from gapprobe.kernels import logistic
+from gapprobe.probes.splits import NestedFolds
+
+PSEUDO_ROWS = 2.0  # rows of the overall success rate that every smoothed rate starts from
+PERMUTATIONS = 5
+STUDENT_T = 2.7764451051977987  # 97.5 % quantile for PERMUTATIONS - 1 degrees of freedom
+
+
+def shuffled_targets(
+    target: Bool[np.ndarray, " n"], folds: Int[np.ndarray, " n"], permutations: int, seed: int
+) -> Bool[np.ndarray, "m n"]:
+    """Return the labels in several random orders, each label staying in its fold so that class counts are kept."""
+    rng = np.random.default_rng(seed)
+    out = np.repeat(target[None], permutations, axis=0)
+    for permuted in out:
+        for fold in np.unique(folds):
+            permuted[folds == fold] = rng.permutation(permuted[folds == fold])
+    return out
+
+
+def question_scores(
+    relation: Shaped[np.ndarray, " n"],
+    entity: Shaped[np.ndarray, " n"],
+    target: Bool[np.ndarray, " n"],
+    cut: NestedFolds,
+    *,
+    c: float = 1.0,
+) -> Float[np.ndarray, " n"]:
+    """Return out-of-fold log-odds of a logistic regression that sees only the question.
+
+    Its features are relation and entity, one-hot, and the smoothed success rates of the relation, of the entity and of
+    both together. A held-out row's rates come from the training rows; a training row's rates come from the training
+    rows of the other inner folds. So rates mean the same on both sides: they always come from rows that the split
+    keeps apart (other images, other entities, other questions), and never from the row's own label.
+    """
+    codes = [np.unique(labels.astype(str), return_inverse=True)[1] for labels in (relation, entity)]
+    codes.append(np.unique(codes[0] * (int(codes[1].max()) + 1) + codes[1], return_inverse=True)[1])
+    one_hot = np.concatenate([np.eye(int(code.max()) + 1)[code] for code in codes[:2]], axis=1)
+    scores = np.empty(len(target))
+    for fold in range(len(cut.inner)):
+        training, held_out = cut.training[fold], ~cut.training[fold]
+        rates = _rates(codes, target, training)
+        for part, sources in enumerate(cut.inner_training(fold)):
+            rows = cut.inner[fold] == part
+            rates[rows] = _rates(codes, target, sources)[rows]
+        x = torch.from_numpy(np.concatenate([one_hot, rates], axis=1))
+        y, mask = torch.from_numpy(target)[None], torch.from_numpy(training)[None]
+        fits = logistic.fit(x, y, logistic.balanced(y, mask), c)
+        scores[held_out] = fits.logits(x)[0].numpy()[held_out]
+    return scores
+
+
+def _rates(
+    codes: list[Int[np.ndarray, " n"]], target: Bool[np.ndarray, " n"], sources: Bool[np.ndarray, " n"]
+) -> Float[np.ndarray, "n 3"]:
+    """Smoothed success rate of each row's groups, counted on the rows `sources`."""
+    prior = target[sources].mean()
+    columns: list[np.ndarray] = []
+    for code in codes:
+        counts = np.bincount(code, sources)
+        successes = np.bincount(code, sources & target)
+        columns.append(((successes + PSEUDO_ROWS * prior) / (counts + PSEUDO_ROWS))[code])
+    return np.stack(columns, axis=1)

@@ -1,0 +1,1 @@
+"""The activation store: `store.writer.StoreWriter` writes it, `store.reader.open_store` reads it."""

@@ -1,0 +1,172 @@
+"""Files that appear whole or not at all: temporaries, exclusive names, locks, fsync. Knows no tensors and no rows."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gapprobe.errors import OutputError
+
+TEMPORARY = ".tmp-"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file grew past the allowed file size",
+    errno.EIO: "the disk reported an input/output error",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+}
+
+
+@contextmanager
+def as_output_error(what: str, safe: Callable[[], str]) -> Generator[None, None, None]:
+    """Turn an OSError into an OutputError that says what failed, what is safe, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise OutputError(
+            f"{what}: {reason}. {safe()} Mend that (free some space, or choose another folder) "
+            "and run the same again: it goes on where this stopped."
+        ) from error
+
+
+@contextmanager
+def temporary(folder: Path) -> Generator[tuple[Path, int], None, None]:
+    """Create a file of our own in `folder`; yield its path and descriptor; take the path away at the end.
+
+    The descriptor is locked, so that whoever clears leftovers can tell a dead writer's file from a live one's.
+    """
+    while True:
+        path = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}"
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        # Between these two calls a clearing process may have taken the file for a leftover.
+        if not _try_lock(descriptor) or os.fstat(descriptor).st_nlink:
+            break
+        os.close(descriptor)
+    try:
+        yield path, descriptor
+    finally:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Take away the temporaries of writers that died."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        with suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if _try_lock(descriptor):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def exclusive(path: Path) -> Generator[bool, None, None]:
+    """Hold the lock of a store; yield False where the file system has none."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locked = True
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: memoryview, at: int) -> None:
+    """Write `data` (bytes) at a position of the file, however many calls that takes."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], at + done)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Claim `size` bytes now, so that a full disk shows before the first byte is written."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
+                raise
+
+
+def publish(source: Path, target: Path) -> bool:
+    """Give a finished, synced temporary its final name; False when that name is taken. Never overwrites."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # No hard links here: an empty file of that name is the claim, and we rename over our own claim.
+        try:
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+        except FileExistsError:
+            return False
+        os.rename(source, target)
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems do not sync folders, and need not.
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def append_line(path: Path, line: bytes, locked: bool) -> None:
+    """Append one line durably. A failure leaves the file as it was where the caller holds the lock."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        # Never continue a line that a killed writer tore.
+        torn = before > 0 and os.pread(descriptor, 1, before - 1) != b"\n"
+        data = (b"\n" if torn else b"") + line
+        try:
+            if os.write(descriptor, data) != len(data):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            if locked:
+                os.ftruncate(descriptor, before)
+            raise
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Take away what follows the last newline. Only under the lock."""
+    with suppress(FileNotFoundError):
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            os.truncate(path, whole)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

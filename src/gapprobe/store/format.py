@@ -1,0 +1,317 @@
+"""What stands in a store: header, rows, manifest lines, and their text form. `docs/store-format.md` outranks this file.
+
+Nothing here touches the disk; `disk`, `shard` and `table` do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from types import MappingProxyType
+from typing import TypeVar, cast
+
+import torch
+from jaxtyping import Int, Shaped, UInt8
+from torch import Tensor
+
+from gapprobe.errors import StoreError
+
+FORMAT = "gapprobe.store"
+VERSION = 1
+STORE_FILE = "store.json"
+MANIFEST_FILE = "manifest.jsonl"
+LOCK_FILE = "lock"
+SHARDS = "shards"
+ROWS = "rows"
+SHARD_SUFFIX = ".safetensors"
+ROWS_SUFFIX = ".parquet"
+
+# No honest store comes near these; a damaged or hostile one may claim anything.
+MAX_JSON_BYTES = 1 << 20
+MAX_SHARD_NUMBER = 10**9
+MAX_POSITIONS = 8
+
+DTYPES: Mapping[str, tuple[str, torch.dtype]] = MappingProxyType(
+    {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
+)
+_ROLES = ("other", "image", "system", "question", "entity", "reference", "answer_cue", "answer", "padding", "query")
+ROLES: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(_ROLES)})
+_RECORDED = ("model.source", "model.revision", "versions.")
+
+T = TypeVar("T")
+Value = str | int | float | bool | list[int] | list[float] | None
+
+
+@dataclass(frozen=True)
+class StoreHeader:
+    """What all rows of a store have in common.
+
+    Attributes:
+        model: `architecture`, `family`, `weights` (a fingerprint), `source`, `revision`, and whatever else tells models
+            apart. Source and revision are only recorded: the same weights may lie in another folder tomorrow.
+        processor: fingerprint of the processor and its chat template.
+        attention: the attention implementation, as transformers names it.
+        padding_side: `left` or `right`.
+        dtype: of the stored residuals: `float32`, `bfloat16` or `float16`.
+        layers: numbers of the stored layers, rising; 0 is the embeddings, l the residual stream after block l.
+        width: of the residual stream.
+        positions: names of the token positions that `StoredRow.token_marks` marks, at most 8.
+        generation: how answers were generated.
+        versions: of torch, transformers and nnsight; recorded, never a reason to refuse.
+
+    Raises:
+        StoreError: a field holds what no store can hold.
+    """
+
+    model: Mapping[str, str]
+    processor: str
+    attention: str
+    padding_side: str
+    dtype: str
+    layers: tuple[int, ...]
+    width: int
+    positions: tuple[str, ...]
+    generation: Mapping[str, str | int | float]
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be stored."""
+        _require(self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        rising = all(a < b for a, b in zip((-1, *self.layers), self.layers, strict=False))
+        _require(bool(self.layers) and rising, f"layers {self.layers} do not rise from 0 or more")
+        _require(0 < self.width < 1 << 24, f"width {self.width} is not between 1 and 2^24")
+        _require(len(set(self.positions)) == len(self.positions), f"positions {self.positions} repeat a name")
+        _require(len(self.positions) <= MAX_POSITIONS, f"more than {MAX_POSITIONS} positions")
+        for key, value in self.generation.items():
+            _require(isfinite(value) if isinstance(value, float) else True, f"generation.{key} is {value}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Return the dtype of the stored residuals as torch knows it."""
+        return DTYPES[self.dtype][1]
+
+    @property
+    def compared(self) -> dict[str, object]:
+        """Return what must be equal for two runs to share a store, by dotted name, in the order of the fields."""
+        flat: dict[str, object] = {}
+        for name, value in _plain(self).items():
+            if isinstance(value, dict):
+                flat |= {f"{name}.{key}": value[key] for key in sorted(value)}
+            else:
+                flat[name] = value
+        return {name: value for name, value in flat.items() if not name.startswith(_RECORDED)}
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of `compared` as canonical JSON, in hex."""
+        return hashlib.sha256(json.dumps(self.compared, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def to_json(self) -> bytes:
+        """Return the content of store.json."""
+        fields = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint} | _plain(self)
+        return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> StoreHeader:
+        """Read store.json.
+
+        Raises:
+            StoreError: it is none, of a newer format version, damaged, or does not match its own fingerprint.
+        """
+        fields = parse_json(text, where)
+        version = fields.get("version")
+        if fields.get("format") != FORMAT or not _is_int(version):
+            raise StoreError(f"{where} does not describe a gapprobe store (no format {FORMAT!r} with a version)")
+        if cast(int, version) > VERSION:
+            raise StoreError(
+                f"{where} has store format version {version}; this gapprobe reads up to {VERSION}. Update gapprobe."
+            )
+        try:
+            header = cls(
+                model=_mapping(fields, "model", str),
+                processor=_field(fields, "processor", str),
+                attention=_field(fields, "attention", str),
+                padding_side=_field(fields, "padding_side", str),
+                dtype=_field(fields, "dtype", str),
+                layers=_tuple(fields, "layers", int),
+                width=_field(fields, "width", int),
+                positions=_tuple(fields, "positions", str),
+                generation=_mapping(fields, "generation", (str, int, float)),
+                versions=_mapping(fields, "versions", str),
+            )
+        except StoreError as error:
+            raise StoreError(f"{where} is damaged: {error}") from error
+        if fields.get("fingerprint") != header.fingerprint:
+            raise StoreError(f"{where} is damaged or was edited: its fingerprint does not fit its fields")
+        return header
+
+    def refuse_difference(self, other: StoreHeader, where: str) -> None:
+        """Raise StoreError naming the fields in which `other`, a run about to append, is not this store's header."""
+        mine, theirs = self.compared, other.compared
+        names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+        if names:
+            told = "; ".join(f"{n} is {mine.get(n)!r} in the store and {theirs.get(n)!r} in this run" for n in names)
+            raise StoreError(f"{where} belongs to another run: {told}. Choose another folder, or run with the same.")
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """One call of the model: what was asked and answered (`columns`) and the residual stream of the kept tokens.
+
+    Attributes:
+        id: unique in the store; any text without control characters.
+        columns: of the table of rows. A column that is absent reads back as None.
+        residual: by layer (in the order of the header's `layers`), token and width; no token at all for a call that
+            failed.
+        token_ids: vocabulary numbers.
+        token_positions: index of each token in the unpadded sequence.
+        token_roles: values of `ROLES`.
+        token_marks: bit i is set where the token is position i of the header's `positions`.
+    """
+
+    id: str
+    columns: Mapping[str, Value]
+    residual: Shaped[Tensor, "l t d"]
+    token_ids: Int[Tensor, " t"]
+    token_positions: Int[Tensor, " t"]
+    token_roles: UInt8[Tensor, " t"]
+    token_marks: UInt8[Tensor, " t"]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A line of the manifest: a sealed shard and its table of rows. Checksums are of whole files."""
+
+    shard: int
+    rows: int
+    tokens: int
+    shard_bytes: int
+    shard_sha256: str
+    rows_bytes: int
+    rows_sha256: str
+
+    def to_line(self, extra: Mapping[str, object]) -> bytes:
+        """Return the manifest line, ending in a newline, with optional fields added."""
+        body = json.dumps(asdict(self) | dict(extra), separators=(",", ":")).encode()
+        return b'{"line_sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body[1:] + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> ShardRecord | None:
+        """Return the record of a line without its newline; None when the line is torn or damaged."""
+        head = len(b'{"line_sha256":"') + 64
+        body = b"{" + line[head + 2 :]
+        if line != b'{"line_sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body[1:]:
+            return None
+        fields = parse_json(body, "manifest line")
+        record = cls(
+            shard=_field(fields, "shard", int),
+            rows=_field(fields, "rows", int),
+            tokens=_field(fields, "tokens", int),
+            shard_bytes=_field(fields, "shard_bytes", int),
+            shard_sha256=_field(fields, "shard_sha256", str),
+            rows_bytes=_field(fields, "rows_bytes", int),
+            rows_sha256=_field(fields, "rows_sha256", str),
+        )
+        sizes = (record.shard, record.rows, record.tokens, record.shard_bytes, record.rows_bytes)
+        _require(min(sizes) >= 0 and record.shard <= MAX_SHARD_NUMBER, "manifest line with a number out of range")
+        return record
+
+
+def shard_name(number: int) -> str:
+    """Return the path of a shard inside its store."""
+    return f"{SHARDS}/{number:06d}{SHARD_SUFFIX}"
+
+
+def rows_name(number: int) -> str:
+    """Return the path of a shard's table of rows inside its store."""
+    return f"{ROWS}/{number:06d}{ROWS_SUFFIX}"
+
+
+def layout(header: StoreHeader, rows: int, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the tensors of a shard in their order in the file: safetensors dtype and shape by name."""
+    code = DTYPES[header.dtype][0]
+    return {
+        "offsets": ("I64", (rows + 1,)),
+        "token_ids": ("I64", (tokens,)),
+        "token_positions": ("I64", (tokens,)),
+        **{layer_name(layer): (code, (tokens, header.width)) for layer in header.layers},
+        "token_roles": ("U8", (tokens,)),
+        "token_marks": ("U8", (tokens,)),
+    }
+
+
+def layer_name(layer: int) -> str:
+    """Return the name of a layer's tensor in a shard."""
+    return f"residual.{layer:02d}"
+
+
+def parse_json(text: bytes, where: str) -> dict[str, object]:
+    """Read a JSON object strictly: UTF-8, no NaN, no name twice.
+
+    Raises:
+        StoreError: it is anything else.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise StoreError(f"{where} is damaged: more than {MAX_JSON_BYTES} bytes of JSON")
+    try:
+        parsed: object = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    # json answers deep nesting with RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{where} is damaged: {error}") from error
+    if not isinstance(parsed, dict):
+        raise StoreError(f"{where} is damaged: not a JSON object")
+    return cast(dict[str, object], parsed)
+
+
+def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _plain(header: StoreHeader) -> dict[str, object]:
+    """Return the fields as JSON types."""
+    fields = {name: getattr(header, name) for name in header.__dataclass_fields__}
+    return {
+        name: list(value) if isinstance(value, tuple) else dict(value) if isinstance(value, Mapping) else value
+        for name, value in fields.items()
+    }
+
+
+def _require(sound: bool, message: str) -> None:
+    if not sound:
+        raise StoreError(message)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is(value: object, kinds: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _field(fields: Mapping[str, object], name: str, kind: type[T]) -> T:
+    value = fields.get(name)
+    _require(_is(value, kind), f"field {name!r} is {value!r:.80}, not of type {kind.__name__}")
+    return cast(T, value)
+
+
+def _tuple(fields: Mapping[str, object], name: str, kind: type[T]) -> tuple[T, ...]:
+    values = cast(list[object], _field(fields, name, list))
+    _require(all(_is(value, kind) for value in values), f"field {name!r} holds another type than {kind.__name__}")
+    return cast(tuple[T, ...], tuple(values))
+
+
+def _mapping(fields: Mapping[str, object], name: str, kind: type[T] | tuple[type[T], ...]) -> dict[str, T]:
+    values = cast(dict[str, object], _field(fields, name, dict))
+    _require(all(_is(value, kind) for value in values.values()), f"field {name!r} holds a value of another type")
+    return cast(dict[str, T], values)

@@ -1,0 +1,182 @@
+"""The kernel against scikit-learn at tolerance 1e-12, against its own readable reference, and its certificate."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from gapprobe.kernels import logistic
+
+
+def problem(seed, n, d, *, spread=0.0, separable=False, constant=False, offset=0.0):
+    """Features with scales over `spread` orders of magnitude around a common offset, and noisy or separable labels."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, d, generator=g, dtype=torch.float64)
+    direction = torch.randn(d, generator=g, dtype=torch.float64)
+    noise = torch.randn(n, generator=g, dtype=torch.float64) * (0.0 if separable else d**0.5)
+    value = z @ direction + noise
+    y = value > value.median()
+    x = (z + offset) * torch.logspace(-spread, spread, d, dtype=torch.float64)
+    if constant:
+        x[:, 0] = 3.7
+    return x, y
+
+
+def by_sklearn(x, y, weights, c):
+    """Fit by scikit-learn on standardised rows of weight > 0; coefficients folded back to raw coordinates."""
+    used = weights.numpy() > 0
+    scaler = StandardScaler().fit(x.numpy()[used])
+    fit = LogisticRegression(C=c, tol=1e-12, solver="newton-cholesky", max_iter=10_000)
+    fit.fit(scaler.transform(x.numpy()[used]), y.numpy()[used], sample_weight=weights.numpy()[used])
+    coef = fit.coef_[0] / scaler.scale_
+    return coef, fit.intercept_[0] - coef @ scaler.mean_
+
+
+def objective(x, y, weights, c, coef, intercept):
+    used = weights > 0
+    scale = torch.from_numpy(StandardScaler().fit(x[used].numpy()).scale_)
+    margin = (2.0 * y[used] - 1) * (x[used] @ coef + intercept)
+    loss = (weights[used] * torch.logaddexp(torch.zeros_like(margin), -margin)).sum()
+    return float(c * loss + ((coef * scale) ** 2).sum() / 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(8, 60),
+    d=st.integers(1, 90),
+    c=st.sampled_from([1e-3, 1.0, 30.0, 1e3]),
+    spread=st.sampled_from([0.0, 3.0]),
+    separable=st.booleans(),
+    constant=st.booleans(),
+    offset=st.sampled_from([0.0, 50.0]),
+)
+def test_the_optimum_is_scikit_learns(seed, n, d, c, spread, separable, constant, offset):
+    x, y = problem(seed, n, d, spread=spread, separable=separable, constant=constant, offset=offset)
+    rng = np.random.default_rng(seed)
+    weights = torch.from_numpy(rng.uniform(0.2, 2.0, n) * (rng.random(n) < 0.8))
+    for label in (True, False):  # both classes must keep a row
+        weights[int(torch.nonzero(y == label)[0])] = 1.0
+    fits = logistic.fit(x, y[None], weights[None], c)
+    coef, intercept = by_sklearn(x, y, weights, c)
+
+    theirs = objective(x, y, weights, c, torch.from_numpy(coef), float(intercept))
+    ours = objective(x, y, weights, c, fits.coef[0], float(fits.intercept[0]))
+    assert ours <= theirs * (1 + 1e-9)
+    assert float(fits.objective[0]) == pytest.approx(ours, rel=1e-9)
+    expected = x.numpy() @ coef + intercept
+    np.testing.assert_allclose(fits.logits(x)[0].numpy(), expected, rtol=1e-4, atol=1e-4 * (1 + np.abs(expected).max()))
+
+    readable, free = logistic.reference(x, y, weights, c)
+    assert objective(x, y, weights, c, readable, float(free)) <= theirs * (1 + 1e-9)
+
+
+def test_every_problem_of_a_batch_is_fitted_as_if_alone():
+    x, y = problem(0, 120, 9)
+    g = torch.Generator().manual_seed(1)
+    labels = torch.stack([y, ~y, torch.rand(120, generator=g) < 0.5, y])
+    mask = torch.rand(4, 120, generator=g) < torch.tensor([[0.9], [0.5], [0.7], [0.3]])
+    weights = logistic.balanced(labels, mask)
+    together = logistic.fit(x, labels, weights)
+    for i in range(4):
+        coef, intercept = by_sklearn(x, labels[i], weights[i], 1.0)
+        np.testing.assert_allclose(together.coef[i].numpy(), coef, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(float(together.intercept[i]), intercept, rtol=1e-6, atol=1e-9)
+
+
+def test_rows_of_weight_zero_leave_no_trace():
+    x, y = problem(2, 50, 6)
+    weights = torch.ones(50, dtype=torch.float64)
+    weights[40:] = 0.0
+    spoiled = x.clone()
+    spoiled[40:] = 1e6
+    a, b = logistic.fit(x, y[None], weights[None]), logistic.fit(spoiled, ~y[None] ^ (weights > 0), weights[None])
+    torch.testing.assert_close(a.coef, b.coef, rtol=0, atol=1e-12)
+
+
+def test_balanced_weights_are_scikit_learns():
+    _, y = problem(3, 40, 2)
+    y[:15] = True
+    mask = torch.arange(40) < 31
+    ours = logistic.balanced(y[None], mask[None])[0]
+    used = y[mask]
+    expected = torch.where(used, 31 / (2 * used.sum()), 31 / (2 * (~used).sum())).double()
+    torch.testing.assert_close(ours[mask], expected)
+    assert not ours[~mask].any()
+
+
+def test_the_gap_bounds_the_true_distance_from_the_optimum():
+    x, y = problem(4, 80, 5)
+    z = ((x - x.mean(0)) / x.std(0, correction=0))[None]
+    sign, s = 2.0 * y[None].double() - 1, torch.full((1, 80), 3.0, dtype=torch.float64)
+    w, b, _ = logistic._newton(z, sign, s, torch.float64, 100)
+    best, gap = logistic._certificate(z, sign, s, w, b)
+    assert float(gap) < 1e-12
+    g = torch.Generator().manual_seed(0)
+    for size in (1e-6, 1e-3, 0.1, 3.0):
+        moved = w + size * torch.randn(w.shape, generator=g, dtype=torch.float64)
+        value, bound = logistic._certificate(z, sign, s, moved, b + size)
+        true = float((value - best) / value)
+        assert true <= float(bound) * (1 + 1e-6) + 1e-15
+        assert float(bound) > 0
+
+
+def test_a_fit_that_does_not_reach_the_tolerance_says_so(monkeypatch):
+    x, y = problem(5, 40, 3)
+    monkeypatch.setattr(logistic, "MAX_STEPS", 2)
+    monkeypatch.setattr(logistic, "MAX_NARROW_STEPS", 2)
+    with pytest.raises(logistic.NotConvergedError, match=r"problem 0 ended .* lower c"):
+        logistic.fit(x, y[None], torch.ones(1, 40), 100.0)
+
+
+def test_a_hessian_that_float32_cannot_factorise_is_taken_in_float64(monkeypatch):
+    x, y = problem(9, 60, 12, separable=True)
+    x[:, 6:] = x[:, :6] * (1 + 1e-7)
+    wide = logistic.fit(x, y[None], torch.ones(1, 60), 1e6)
+    monkeypatch.setattr(logistic, "MAX_NARROW_STEPS", 0)
+    alone = logistic.fit(x, y[None], torch.ones(1, 60), 1e6)
+    torch.testing.assert_close(wide.logits(x), alone.logits(x), rtol=1e-5, atol=1e-5)
+
+
+def test_constant_features_change_nothing():
+    x, y = problem(6, 60, 4)
+    padded = torch.cat([x, torch.full((60, 1), 1e5), torch.zeros(60, 1)], dim=1)
+    weights = torch.ones(1, 60)
+    a, b = logistic.fit(x, y[None], weights), logistic.fit(padded, y[None], weights)
+    torch.testing.assert_close(a.logits(x), b.logits(padded), rtol=1e-9, atol=1e-9)
+    assert not b.coef[0, 4:].abs().gt(1e-12).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_features_are_taken_as_they_are(dtype):
+    x, y = problem(7, 60, 5)
+    x = x.to(dtype)
+    torch.testing.assert_close(
+        logistic.fit(x, y[None], torch.ones(1, 60)).coef, logistic.fit(x.double(), y[None], torch.ones(1, 60)).coef
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x, y, w: (x.index_fill(0, torch.tensor([3]), torch.nan), y, w, 1.0), "row 3 of x holds NaN"),
+        (lambda x, y, w: (x, torch.ones_like(y), w, 1.0), "problem 0 has no row of class False"),
+        (lambda x, y, w: (x, y, w, 0.0), "c must be above 0"),
+        (lambda x, y, w: (x, y, -w, 1.0), "not negative"),
+        (lambda x, y, w: (x[:9], y, w, 1.0), r"must be \[p, 9\]"),
+    ],
+)
+def test_bad_input_is_refused_by_name(spoil, message):
+    x, y = problem(8, 10, 2)
+    # Without the shape checks that run in tests: users run without them.
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(logistic.fit)(*spoil(x, y[None], torch.ones(1, 10)))
+
+
+def test_no_problem_at_all():
+    assert logistic.fit(torch.ones(4, 3), torch.ones(0, 4).bool(), torch.ones(0, 4)).coef.shape == (0, 3)

@@ -1,0 +1,65 @@
+"""Controls: the question-only one must be strong and honest, the shuffled one must know nothing."""
+
+import numpy as np
+import pytest
+from planted import planted
+
+from gapprobe import stats
+from gapprobe.probes.controls import question_scores, shuffled_targets
+from gapprobe.probes.splits import nested_folds
+
+
+def area_of_question_only(rows, split, seed=0):
+    cut = nested_folds(rows.splits[split], rows.target, folds=5, seed=seed, name=split)
+    scores = question_scores(rows.relation, rows.entity, rows.target, cut)
+    return stats.auc(scores, rows.target, cut.outer)
+
+
+def test_it_finds_what_the_question_decides():
+    rows, _ = planted(0, question=3.0, images=20)
+    cells = np.unique(rows.question, return_inverse=True)[1]
+    truth = (np.bincount(cells, rows.target) / np.bincount(cells))[cells]
+    best = stats.auc(truth, rows.target)  # in-sample rates: an upper bound
+    assert best - 0.05 < area_of_question_only(rows, "image") <= best
+
+
+def test_it_knows_nothing_of_an_entity_it_never_saw():
+    rows, _ = planted(1, question=3.0)
+    assert area_of_question_only(rows, "entity") == pytest.approx(0.5, abs=0.1)
+
+
+def test_it_still_knows_a_relation_of_an_entity_it_never_saw():
+    rows, _ = planted(2)
+    rng = np.random.default_rng(0)
+    easy = np.char.isdigit(rows.relation) & (rows.relation.astype(int) < 5)
+    target = rng.random(len(easy)) < np.where(easy, 0.9, 0.1)
+    cut = nested_folds(rows.entity, target, folds=4, seed=0, name="entity")
+    scores = question_scores(rows.relation, rows.entity, target, cut)
+    assert stats.auc(scores, target, cut.outer) > 0.87
+
+
+@pytest.mark.parametrize("split", ["image", "entity", "random"])
+def test_where_nothing_is_to_be_known_it_is_at_chance(split):
+    areas = [area_of_question_only(planted(seed, entities=6, relations=5, images=6)[0], split) for seed in range(12)]
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.04)
+
+
+def test_a_rows_own_label_never_reaches_its_score():
+    rows, _ = planted(3, question=1.0, entities=5, relations=4, images=5)
+    cut = nested_folds(rows.image, rows.target, folds=5, seed=0, name="image")
+    before = question_scores(rows.relation, rows.entity, rows.target, cut)
+    fold = cut.outer == 2
+    after = question_scores(rows.relation, rows.entity, rows.target ^ fold, cut)
+    np.testing.assert_array_equal(before[fold], after[fold])
+    assert (before[~fold] != after[~fold]).any()
+
+
+def test_shuffled_labels_keep_their_folds_counts():
+    target, folds = np.arange(60) % 3 == 0, np.arange(60) % 5
+    shuffled = shuffled_targets(target, folds, 5, 0)
+    assert shuffled.shape == (5, 60)
+    for labels in shuffled:
+        np.testing.assert_array_equal(np.bincount(folds, labels), np.bincount(folds, target))
+        assert (labels != target).any()
+    assert (shuffled[0] != shuffled[1]).any()
+    np.testing.assert_array_equal(shuffled, shuffled_targets(target, folds, 5, 0))

@@ -1,0 +1,186 @@
+"""Sweeps on planted studies: what was planted is found, what was not is not, and the verdict follows the numbers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from planted import planted
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from gapprobe import stats
+from gapprobe.errors import DataError
+from gapprobe.kernels import logistic
+from gapprobe.probes.plan import Problems, choose_layers
+from gapprobe.probes.sweep import sweep_layers, sweep_probes
+
+
+def swept(rows, x, **options):
+    return sweep_layers(lambda layer: x[layer], rows, range(len(x)), **{"seed": 0, "replicates": 200} | options)
+
+
+@pytest.fixture(scope="module")
+def image_decides():
+    rows, x = planted(0, question=0.5, image=2.0)
+    return rows, x, swept(rows, x)
+
+
+def test_out_of_fold_scores_are_scikit_learns(image_decides):
+    rows, x, sweep = image_decides
+    folds = sweep.folds["image"].outer
+    for layer in (1, 3):
+        for fold in (0, 4):
+            probe = make_pipeline(
+                StandardScaler(), LogisticRegression(tol=1e-10, solver="newton-cholesky", class_weight="balanced")
+            )
+            probe.fit(x[layer].double()[folds != fold].numpy(), rows.target[folds != fold])
+            expected = probe.decision_function(x[layer].double()[folds == fold].numpy())
+            np.testing.assert_allclose(sweep.scores["image"][layer][folds == fold], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_has_every_figure_with_its_interval(image_decides):
+    rows, _, sweep = image_decides
+    table = sweep.table
+    assert list(table.columns) == ["split", "kind", "layer", "auc", "ci_low", "ci_high", "n", "positives"]
+    counts = table.groupby(["split", "kind"]).size()
+    assert len(counts) == 3 * 4
+    assert (counts == 4).all()
+    assert (table.ci_low <= table.auc).all()
+    assert (table.auc <= table.ci_high).all()
+    assert (table.n == len(rows.target)).all()
+    assert (table.positives == rows.target.sum()).all()
+    probe = table.query("split == 'image' and kind == 'probe'").set_index("layer")
+    expected = stats.auc(sweep.scores["image"][2], rows.target, sweep.folds["image"].outer)
+    assert probe.auc[2] == pytest.approx(expected)
+
+
+def test_a_planted_image_effect_is_found_where_it_was_planted(image_decides):
+    _, _, sweep = image_decides
+    probe = sweep.table.query("split == 'entity' and kind == 'probe'").set_index("layer").auc
+    assert probe[0] == 0.5
+    assert probe[1] < 0.65
+    assert probe[2:].min() > 0.75
+    shuffled = sweep.table.query("kind == 'shuffled'")
+    assert shuffled.auc.mean() == pytest.approx(0.5, abs=0.02)
+    verdict = sweep.verdict("entity")
+    assert verdict.beats
+    assert set(verdict.layers) <= {2, 3}
+    assert "lies above 0: the probe beats it" in verdict.sentence
+    assert f"{verdict.probe.value:.3f}" in verdict.sentence
+
+
+def test_a_probe_that_only_knows_the_question_does_not_beat_the_question():
+    rows, x = planted(1, question=3.0, image=0.0)
+    sweep = swept(rows, x)
+    best = sweep.table.query("split == 'image' and kind == 'probe'").auc.max()
+    assert best > 0.8  # a figure that looks like a finding
+    verdict = sweep.verdict("image")
+    assert verdict.control == "question_only"
+    assert not verdict.beats
+    assert "the probe does not beat it" in verdict.sentence or "the probe is worse" in verdict.sentence
+
+
+def test_nested_choice_does_not_profit_from_many_layers_of_noise():
+    rng = np.random.default_rng(3)
+    picked, largest = [], []
+    for seed in range(6):
+        rows, _ = planted(seed, entities=4, relations=5, images=8)
+        rows = replace(rows, splits={"random": None})
+        x = torch.from_numpy(rng.normal(size=(12, len(rows.target), 10)))
+        sweep = swept(rows, x, controls=(), replicates=20)
+        picked.append(sweep.verdict("random").probe.value)
+        largest.append(sweep.table.auc.max())
+    assert np.mean(largest) > 0.55
+    assert np.mean(picked) == pytest.approx(0.5, abs=0.045)
+
+
+def test_held_out_labels_do_not_reach_their_own_scores():
+    rows, x = planted(2, image=1.0, entities=4, relations=5, images=6)
+    rows = replace(rows, splits={"random": None})
+    sweep = swept(rows, x, replicates=10)
+    fold = sweep.folds["random"].outer == 1
+    # The same folds with the held-out labels turned round: nothing that fold 1 learned from has changed.
+    scores = []
+    for target in (rows.target, rows.target ^ fold):
+        problems = Problems.of(sweep.folds["random"], target, target[None][:0])
+        labels = torch.from_numpy(problems.labels)
+        by_layer = {
+            layer: problems.held_out(logistic.fit(x[layer], labels, problems.weights()).logits(x[layer]).numpy())
+            for layer in range(4)
+        }
+        scores.append(choose_layers(by_layer, problems.cut).scores)
+    np.testing.assert_array_equal(scores[0][fold], scores[1][fold])
+    np.testing.assert_allclose(scores[0][fold], sweep.nested["random"].scores[fold], rtol=1e-6)
+
+
+def test_without_controls_the_verdict_says_that_nothing_follows(image_decides):
+    rows, x, _ = image_decides
+    verdict = swept(replace(rows, splits={"image": rows.image}), x, controls=()).verdict("image")
+    assert verdict.control is None
+    assert not verdict.beats
+    assert "nothing follows" in verdict.sentence
+
+
+def test_equal_seeds_give_equal_numbers(image_decides):
+    rows, x, sweep = image_decides
+    pd.testing.assert_frame_equal(swept(rows, x).table, sweep.table, check_exact=True)
+
+
+def series(values, ids):
+    return pd.Series(values, index=list(ids))
+
+
+@pytest.fixture
+def stored(store_of):
+    rows, x = planted(4, image=1.0, entities=4, relations=5, images=4, layers=3)
+    store = store_of(x, rows.ids)
+    order = np.random.default_rng(0).permutation(len(rows.ids))  # series may come in any order
+    ids = np.array(rows.ids)
+
+    def arguments(**change):
+        return {
+            "target": series(rows.target, ids),
+            "position": "last_input",
+            "splits": {"image": series(rows.image[order], ids[order]), "random": None},
+            "questions": pd.DataFrame({"relation": rows.relation, "entity": rows.entity}, index=ids).iloc[order],
+            "clusters": (series(rows.question, ids), series(rows.image[order], ids[order])),
+            "seed": 0,
+            "replicates": 50,
+        } | change
+
+    return rows, x, store, arguments
+
+
+def test_a_store_gives_what_its_arrays_give(stored):
+    rows, x, store, arguments = stored
+    from_store = sweep_probes(store, **arguments())
+    from_arrays = swept(replace(rows, splits={"image": rows.image, "random": None}), x, replicates=50)
+    pd.testing.assert_frame_equal(from_store.table, from_arrays.table)
+    assert from_store.layers == (0, 1, 2)
+    some = sweep_probes(store, **arguments(layers=[2]))
+    assert some.layers == (2,)
+    assert set(some.table.kind) == {"probe", "shuffled", "question_only", "layer_0"}
+    with pytest.raises(DataError, match="no split 'entity' in this sweep; it has image, random"):
+        some.verdict("entity")
+
+
+def test_bad_input_is_refused_by_name(stored):
+    rows, x, store, arguments = stored
+    ids = np.array(rows.ids)
+    with pytest.raises(DataError, match="labels are True"):
+        sweep_probes(store, **arguments(target=series(np.ones(len(ids), dtype=bool), ids)))
+    with pytest.raises(DataError, match="1 rows that the store lacks, such as stranger"):
+        sweep_probes(store, **arguments(target=series(rows.target, [*ids[1:], "stranger"])))
+    with pytest.raises(DataError, match=r"holds layers \[0, 1, 2\], not \[7\]"):
+        sweep_probes(store, **arguments(layers=[1, 7]))
+    with pytest.raises(DataError, match="groups of split image: 1 rows have none, such as row-0"):
+        sweep_probes(store, **arguments(splits={"image": series(rows.image[1:], ids[1:])}))
+    with pytest.raises(DataError, match="split by entity: 4 groups cannot fill 5 folds"):
+        sweep_probes(store, **arguments(splits={"entity": series(rows.entity, ids)}))
+    broken = x.clone()
+    broken[1, 3, 2] = torch.nan
+    with pytest.raises(DataError, match="layer 1: 1 rows hold NaN or infinity, such as row-3"):
+        swept(rows, broken, folds=2)

@@ -1,0 +1,94 @@
+"""Real processes, really killed. What is sealed stays; what resumes ends as if nothing had happened."""
+
+import multiprocessing
+import random
+import time
+
+import pytest
+
+from gapprobe.store.reader import open_store
+from gapprobe.store.verify import verify_store
+from gapprobe.store.writer import StoreWriter
+from tests.store.rows import HEADER, die_at_call, equal, holds, some_rows, write, write_in_child, write_slice_in_child
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Children fork from a clean server that has imported torch already, so that each takes milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.store.rows"])
+    return context
+
+
+def all_sealed_rows_are_right(path, rows):
+    """A reader sees no bad shard; verify finds nothing but what the next writer will adopt."""
+    wanted = {row.id: row for row in rows}
+    store = open_store(path)
+    return all(equal(store.row(name), wanted[name]) for name in store.ids) and all(
+        "published but not sealed" in problem.what for problem in verify_store(path)
+    )
+
+
+def test_killed_at_random_moments_then_resumed_equals_uninterrupted(tmp_path, processes):
+    rows, pick = some_rows(60), random.Random(0)
+    progress = []
+    for kill in range(12):
+        started = tmp_path / f"started {kill}"
+        child = processes.Process(target=write_in_child, args=(tmp_path / "s", len(rows), str(started)))
+        child.start()
+        while not started.exists():
+            time.sleep(0.001)
+        time.sleep(pick.uniform(0, 0.15))
+        child.kill()
+        child.join()
+        if (tmp_path / "s" / "store.json").exists():
+            assert all_sealed_rows_are_right(tmp_path / "s", rows)
+            progress.append(len(open_store(tmp_path / "s").ids))
+    assert progress == sorted(progress)
+    write(tmp_path / "s", rows, batch=7)
+    assert holds(tmp_path / "s", rows)
+    assert not list((tmp_path / "s").rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_killed_at_every_call_that_changes_the_disk(tmp_path, processes, links):
+    rows, number = some_rows(4), 0
+    while True:
+        number += 1
+        path = tmp_path / str(number)
+        child = processes.Process(target=die_at_call, args=(path, number, links))
+        child.start()
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -9
+        if (path / "store.json").exists():
+            before = open_store(path).ids
+            assert all_sealed_rows_are_right(path, rows)
+            with StoreWriter(path, HEADER) as writer:
+                assert writer.ids >= set(before)
+        write(path, rows, batch=1)
+        assert holds(path, rows)
+        assert not list(path.rglob(".tmp-*"))
+        assert {f.stem for f in (path / "shards").iterdir()} == {f.stem for f in (path / "rows").iterdir()}
+    assert number > 30
+    assert holds(path, rows)
+
+
+def test_processes_that_append_at_once_store_every_row_once(tmp_path, processes):
+    rows = some_rows(40)
+    parts = [(0, 25), (15, 40), (5, 30)]
+    children = [processes.Process(target=write_slice_in_child, args=(tmp_path / "s", *part)) for part in parts]
+    for child in children:
+        child.start()
+    seen = 0
+    while any(child.is_alive() for child in children):
+        # Readers open while writers write.
+        if (tmp_path / "s" / "store.json").exists():
+            ids = open_store(tmp_path / "s").ids
+            assert len(set(ids)) == len(ids) >= seen
+            seen = len(ids)
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    assert holds(tmp_path / "s", rows)

@@ -1,0 +1,357 @@
+import dataclasses
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gapprobe.errors import OutputError, StoreError
+from gapprobe.store import disk
+from gapprobe.store.reader import open_store
+from gapprobe.store.verify import verify_store
+from gapprobe.store.writer import StoreWriter
+from tests.store.rows import HEADER, equal, holds, make_row, reheaded, some_rows, write
+
+
+def changed(row, **fields):
+    """A row that breaks the rules, past the checks of its class."""
+    copy = dataclasses.replace(row)
+    for name, value in fields.items():
+        object.__setattr__(copy, name, value)
+    return copy
+
+
+def test_a_batch_lands_in_one_shard_and_shards_end_before_they_grow_too_large(tmp_path):
+    rows = [make_row(str(i), 2) for i in range(10)]
+    write(tmp_path, rows, batch=3, shard_bytes=500)  # 116 bytes a row: four fit
+    assert open_store(tmp_path).info().shards == 3
+    assert holds(tmp_path, rows)
+
+
+def test_rows_stored_or_in_hand_are_not_stored_twice(tmp_path):
+    rows = some_rows(6)
+    with StoreWriter(tmp_path, HEADER) as writer:
+        assert writer.append([rows[0], rows[1], rows[0]]) == 2
+        assert writer.append(rows[:3]) == 1
+        writer.flush()
+        assert writer.ids == {row.id for row in rows[:3]}
+        assert writer.append(rows[:4]) == 1
+    with StoreWriter(tmp_path, HEADER) as writer:
+        assert writer.append(rows) == 2
+    assert holds(tmp_path, rows)
+
+
+def test_empty_batches_and_a_store_without_rows(tmp_path):
+    with StoreWriter(tmp_path, HEADER) as writer:
+        assert writer.append([]) == 0
+        writer.flush()
+    assert holds(tmp_path, [])
+    assert open_store(tmp_path).rows.empty
+
+
+def test_tensors_are_copied_when_they_are_taken(tmp_path):
+    row, kept = make_row("a", 3), make_row("a", 3)
+    with StoreWriter(tmp_path, HEADER) as writer:
+        writer.append([row])
+        row.residual.zero_()
+        row.token_ids.zero_()
+    assert equal(open_store(tmp_path).row("a"), kept)
+
+
+def test_tensors_that_are_not_contiguous(tmp_path):
+    row = make_row("a", 3)
+    turned = dataclasses.replace(row, residual=row.residual.transpose(0, 2).contiguous().transpose(0, 2))
+    write(tmp_path, [turned])
+    assert equal(open_store(tmp_path).row("a"), row)
+
+
+def test_rows_in_hand_are_sealed_when_the_caller_fails(tmp_path):
+    rows = some_rows(3)
+
+    def fail():
+        with StoreWriter(tmp_path, HEADER) as writer:
+            writer.append(rows)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert holds(tmp_path, rows)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x00", "\x85", "\ud800"])
+def test_ids_that_no_table_can_hold_are_refused(tmp_path, name):
+    with StoreWriter(tmp_path, HEADER) as writer, pytest.raises(StoreError, match="id is text"):
+        writer.append([changed(make_row("a", 1), id=name)])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("residual", torch.zeros(3, 2, 6)),
+        ("residual", torch.zeros(3, 1, 6, dtype=torch.bfloat16)),
+        ("residual", torch.zeros(2, 2, 6, dtype=torch.bfloat16)),
+        ("residual", torch.zeros(3, 2, 7, dtype=torch.bfloat16)),
+        ("token_positions", torch.zeros(3, dtype=torch.int64)),
+        ("token_ids", torch.zeros(2)),
+        ("token_roles", torch.zeros(2, dtype=torch.int64)),
+        ("token_marks", torch.tensor([1, 4], dtype=torch.uint8)),
+    ],
+)
+def test_tensors_that_do_not_fit_the_header_are_refused_by_name(tmp_path, field, value):
+    with StoreWriter(tmp_path, HEADER) as writer, pytest.raises(StoreError, match=rf"row 'a'.*{field}"):
+        writer.append([changed(make_row("a", 2), **{field: value})])
+
+
+def test_columns_keep_their_type(tmp_path):
+    rows = [dataclasses.replace(make_row(str(i), 1), columns={"x": x}) for i, x in enumerate([None, 1, 2.5, "one"])]
+    with StoreWriter(tmp_path, HEADER) as writer:
+        writer.append(rows[:1])
+        writer.flush()
+        writer.append(rows[1:2])
+        writer.flush()
+        writer.append(rows[2:3])
+        with pytest.raises(StoreError, match="column changes its type.*x"):
+            writer.append(rows[3:])
+    with StoreWriter(tmp_path, HEADER) as writer, pytest.raises(StoreError, match="column changes its type"):
+        writer.append(rows[3:])
+    assert open_store(tmp_path).rows["x"].tolist()[1:] == [1.0, 2.5]
+
+
+def test_a_column_of_two_types_in_one_batch_is_refused_by_name(tmp_path):
+    rows = [dataclasses.replace(make_row(str(x), 1), columns={"x": x}) for x in (1, "one")]
+    with StoreWriter(tmp_path, HEADER) as writer, pytest.raises(StoreError, match="'x'.*Give it one type"):
+        writer.append(rows)
+
+
+@pytest.mark.parametrize("columns", [{"id": "b"}, {"x": 2**70}, {"x": "\ud800"}])
+def test_columns_that_no_table_can_hold_are_refused_by_name(tmp_path, columns):
+    with StoreWriter(tmp_path, HEADER) as writer, pytest.raises(StoreError, match=next(iter(columns))):
+        writer.append([changed(make_row("a", 1), columns=columns)])
+
+
+MODEL = dict(HEADER.model)
+
+
+@pytest.mark.parametrize(
+    ("field", "here", "there", "changes"),
+    [
+        ("model.weights", "'abc'", "'xyz'", {"model": MODEL | {"weights": "xyz"}}),
+        ("model.architecture", "'A'", "'B'", {"model": MODEL | {"architecture": "B"}}),
+        ("model.quantised", "None", "'int8'", {"model": MODEL | {"quantised": "int8"}}),
+        ("processor", "'def'", "'ghi'", {"processor": "ghi"}),
+        ("attention", "'eager'", "'sdpa'", {"attention": "sdpa"}),
+        ("padding_side", "'left'", "'right'", {"padding_side": "right"}),
+        ("dtype", "'bfloat16'", "'float32'", {"dtype": "float32"}),
+        ("layers", r"\[0, 1, 3\]", r"\[0, 1\]", {"layers": (0, 1)}),
+        ("width", "6", "8", {"width": 8}),
+        ("positions", r"\['last_input', 'last_output'\]", r"\['last_input'\]", {"positions": ("last_input",)}),
+        ("generation.stop", "'###'", "None", {"generation": {"max_new_tokens": 10, "temperature": 0.5}}),
+    ],
+)
+def test_another_run_is_refused_naming_the_field_and_both_values(tmp_path, field, here, there, changes):
+    write(tmp_path, some_rows(2))
+    with pytest.raises(StoreError, match=f"{field} is {here} in the store and {there} in this run"):
+        StoreWriter(tmp_path, reheaded(**changes))
+    assert holds(tmp_path, some_rows(2))
+
+
+def test_other_versions_and_another_source_are_recorded_not_refused(tmp_path):
+    write(tmp_path, some_rows(3))
+    write(tmp_path, some_rows(6), reheaded(versions={"torch": "3.0"}, model=MODEL | {"source": "hub/name"}))
+    assert holds(tmp_path, some_rows(6))
+    first, second = (tmp_path / "manifest.jsonl").read_text().splitlines()
+    assert "versions" not in first
+    assert '"versions":{"torch":"3.0"}' in second
+
+
+def test_a_newer_store_is_not_written_to(tmp_path):
+    write(tmp_path, some_rows(2))
+    file = tmp_path / "store.json"
+    file.write_text(file.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(StoreError, match="version 2"):
+        StoreWriter(tmp_path, HEADER)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match=r"thesis\.tex"):
+        StoreWriter(tmp_path, HEADER)
+    with pytest.raises(OutputError, match="is a file"):
+        StoreWriter(tmp_path / "thesis.tex", HEADER)
+    with pytest.raises(OutputError, match="Not a directory"):
+        StoreWriter(tmp_path / "thesis.tex" / "store", HEADER)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from gapprobe.errors import OutputError
+from tests.store.rows import make_row, write
+torch.set_num_threads(1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+write(Path(sys.argv[1]), [make_row(str(i), 4) for i in range(3)])
+try:
+    write(Path(sys.argv[1]), [make_row(str(i), 400) for i in range(3, 6)])
+except OutputError as error:
+    print(error)
+"""
+
+
+def test_no_room_for_a_shard_is_an_output_error_and_costs_no_sealed_row(tmp_path):
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "s")], cwd=root, capture_output=True, text=True, check=True
+    )
+    for part in (
+        "3 rows could not be stored",
+        "allowed file size",
+        "All rows sealed before (3) are safe",
+        "run the same again",
+    ):
+        assert part in done.stdout
+    assert holds(tmp_path / "s", [make_row(str(i), 4) for i in range(3)])
+    assert not list((tmp_path / "s").rglob(".tmp-*"))
+    write(tmp_path / "s", [make_row(str(i), 400) for i in range(3, 6)])
+    assert holds(tmp_path / "s", [make_row(str(i), 4 if i < 3 else 400) for i in range(6)])
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="only root can make a small disk")
+def test_a_disk_that_is_really_full(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this container may not mount")
+    try:
+        rows = [make_row(str(i), 200) for i in range(100)]
+        with pytest.raises(OutputError, match="the disk is full"):
+            write(tmp_path / "s", rows, batch=1)
+        kept = len(open_store(tmp_path / "s").ids)
+        assert 3 < kept < 100
+        assert holds(tmp_path / "s", rows[:kept])
+        assert not list((tmp_path / "s").rglob(".tmp-*"))
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["pwrite", "write", "fsync", "posix_fallocate", "link"])
+def test_a_failing_disk_is_an_output_error_and_the_rows_in_hand_can_be_flushed_again(tmp_path, monkeypatch, call, code):
+    rows = some_rows(6)
+    write(tmp_path, rows[:3])
+    writer = StoreWriter(tmp_path, HEADER)
+    writer.append(rows)
+    real = getattr(os, call)
+    # Fail each call of this kind in turn, until there is none left that could.
+    for turn in range(20):
+        calls = iter(range(100))
+
+        def failing(*args, calls=calls, turn=turn):
+            if next(calls) == turn:
+                if call == "write":
+                    real(args[0], args[1][:10])
+                raise OSError(code, "injected")
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            if next(iter(writer._pending), None) is None:
+                break
+            try:
+                writer.flush()
+            except OutputError as error:
+                assert "sealed before" in str(error)  # noqa: PT017 - the last turn does not fail
+        assert [p for p in verify_store(tmp_path) if "not sealed" not in p.what] == []
+        assert not list(tmp_path.rglob(".tmp-*"))
+    else:
+        pytest.fail("it never succeeded")
+    StoreWriter(tmp_path, HEADER).close()
+    assert holds(tmp_path, rows)
+
+
+def test_short_writes_are_continued(tmp_path, monkeypatch):
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: real(descriptor, data[:7], at))
+    write(tmp_path, some_rows(5))
+    assert holds(tmp_path, some_rows(5))
+
+
+def test_a_torn_last_line_is_ignored_and_written_over(tmp_path):
+    rows = some_rows(9)
+    write(tmp_path, rows[:6])
+    manifest = tmp_path / "manifest.jsonl"
+    content = manifest.read_bytes()
+    for length in range(content.index(b"\n") + 1, len(content), 23):
+        manifest.write_bytes(content[:length])
+        assert open_store(tmp_path).ids == tuple(row.id for row in rows[:3])
+    write(tmp_path, rows)
+    assert holds(tmp_path, rows)
+    assert len(manifest.read_bytes().splitlines()) == 3
+
+
+def test_a_lost_manifest_comes_back_from_the_files(tmp_path):
+    rows = some_rows(9)
+    write(tmp_path, rows)
+    before = (tmp_path / "manifest.jsonl").read_bytes()
+    (tmp_path / "manifest.jsonl").unlink()
+    StoreWriter(tmp_path, HEADER).close()
+    assert (tmp_path / "manifest.jsonl").read_bytes() == before
+
+
+def test_leftovers_are_cleared_and_what_is_no_leftover_is_not(tmp_path):
+    rows = some_rows(9)
+    write(tmp_path, rows)
+    shards, tables = tmp_path / "shards", tmp_path / "rows"
+    (shards / ".tmp-1-dead").write_bytes(b"half")
+    (shards / "000007.safetensors").write_bytes((shards / "000000.safetensors").read_bytes())
+    (shards / "000008.safetensors").write_bytes(b"")
+    (tables / "000008.parquet").write_bytes(b"")
+    for folder, suffix in (("shards", "safetensors"), ("rows", "parquet")):  # sealed elsewhere
+        (tmp_path / folder / f"000009.{suffix}").write_bytes((tmp_path / folder / f"000001.{suffix}").read_bytes())
+    (shards / "000010.safetensors").write_bytes(b"not ours")
+    (tables / "000010.parquet").write_bytes(b"not ours")
+    with disk.temporary(shards) as (alive, _):
+        StoreWriter(tmp_path, HEADER).close()
+        left = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
+        sealed = {f"shards/00000{i}.safetensors" for i in range(3)} | {f"rows/00000{i}.parquet" for i in range(3)}
+        assert left == sealed | {
+            "store.json", "manifest.jsonl", "lock", f"shards/{alive.name}",
+            "shards/000010.safetensors", "rows/000010.parquet",
+        }  # fmt: skip
+    assert [problem.file for problem in verify_store(tmp_path)] == ["shards/000010.safetensors"]
+    write(tmp_path, some_rows(12))
+    assert (shards / "000011.safetensors").exists()
+
+
+@pytest.mark.parametrize("missing", ["link", "flock", "both"])
+def test_file_systems_without_hard_links_or_locks(tmp_path, monkeypatch, missing):
+    def unable(*_):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    if missing != "flock":
+        monkeypatch.setattr(os, "link", unable)
+    if missing != "link":
+        monkeypatch.setattr("fcntl.flock", unable)
+    rows = some_rows(12)
+    a, b = StoreWriter(tmp_path, HEADER), StoreWriter(tmp_path, HEADER)
+    for i in range(0, 12, 4):
+        a.append(rows[i : i + 3])
+        b.append(rows[i + 1 : i + 4])
+        a.flush()
+        b.flush()
+    assert holds(tmp_path, rows)
+
+
+def test_two_writers_in_turn_store_each_row_once(tmp_path):
+    rows = some_rows(8)
+    a, b = StoreWriter(tmp_path, HEADER), StoreWriter(tmp_path, HEADER)
+    a.append(rows[:6])
+    b.append(rows[2:])
+    a.flush()
+    b.flush()
+    assert a.ids == {row.id for row in rows[:6]}
+    assert b.ids == {row.id for row in rows}
+    assert holds(tmp_path, rows)

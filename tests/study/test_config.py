@@ -1,0 +1,63 @@
+import pytest
+
+from gapprobe.demo import FOLDER
+from gapprobe.errors import ConfigError
+from gapprobe.study.config import StudyConfig, load_config
+
+MINIMAL = 'name = "n"\nmodel = "m"\nimages = "i"\nquestions = "q.csv"\nprompts = "p.toml"\n'
+
+
+def test_paths_are_read_from_the_folder_of_the_file_and_ids_stay_ids(tmp_path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "c.toml").write_text(MINIMAL)
+    config = load_config(tmp_path / "c.toml")
+    assert config.model_source == tmp_path / "m"
+    assert config.path(config.images) == tmp_path / "i"
+    assert config.model_copy(update={"model": "owner/model"}).model_source == "owner/model"
+    assert config.model_copy(update={"model": "./nowhere"}).model_source == tmp_path / "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('nme = "x"', "nme is not a setting; the settings are batch_size"),
+        ("images_per_question = 0", "images_per_question: .*greater than or equal to 1"),
+        ('judge = "kind"', "judge: .*'sound' or 'published'"),
+        ('trivial_images = ["grey"]', r"trivial_images\.0"),
+        ("trivial_images = []", "trivial_images"),
+        ("layers = [-1]", "layers"),
+        ("[probe]\nc = 0", r"probe\.c: .*greater than 0"),
+        ("[probe]\nfold = 3", r"probe\.fold is not a setting; the settings are c, "),
+        ('[probe]\nsplits = ["digit"]', r"probe\.splits\.0"),
+        ('seed = "one"', "seed"),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_is_wrong(tmp_path, line: str, message: str) -> None:
+    (tmp_path / "c.toml").write_text(MINIMAL + line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "c.toml")
+
+
+def test_a_missing_setting_and_a_missing_file_are_named(tmp_path) -> None:
+    (tmp_path / "c.toml").write_text('name = "n"\n')
+    with pytest.raises(ConfigError, match="model: Field required"):
+        load_config(tmp_path / "c.toml")
+    with pytest.raises(ConfigError, match=r"nowhere\.toml does not exist"):
+        load_config(tmp_path / "nowhere.toml")
+    (tmp_path / "c.toml").write_text("name = ")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "c.toml")
+
+
+def test_only_what_the_model_is_asked_tells_output_folders_apart(tmp_path) -> None:
+    config = load_config(FOLDER / "llava.toml")
+    assert config.model_copy(update={"judge": "published", "title": "x"}).asked == config.asked
+    for change in ({"seed": 1}, {"max_new_tokens": 3}, {"trivial_images": ("black",)}, {"model": "m"}):
+        assert config.model_copy(update=change).asked != config.asked
+
+
+@pytest.mark.parametrize("name", ["llava", "instructblip"])
+def test_the_shipped_configurations_are_valid(name: str) -> None:
+    config = load_config(FOLDER / f"{name}.toml")
+    assert isinstance(config, StudyConfig)
+    assert config.name == name
