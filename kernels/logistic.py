@@ -137,7 +137,7 @@ def _check(x: Tensor, y: Tensor, weights: Tensor, c: float) -> None:
         raise ValueError(f"labels {tuple(y.shape)} and weights {tuple(weights.shape)} must be [p, {x.shape[0]}]")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"row {int(torch.nonzero(~torch.isfinite(x))[0, 0])} of x holds NaN or infinity")
-    if not bool((weights >= 0).all()):
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError("weights must be finite and not negative")
     for label, rows in ((True, y & (weights > 0)), (False, ~y & (weights > 0))):
         missing = torch.nonzero(~rows.any(1))

@@ -66,6 +66,8 @@ def save_instructblip(
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
     text = model.config.text_config
+    for config in (text, model.config.vision_config):
+        config._name_or_path = ""  # else the path of the training run would be written into the folder
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=10,

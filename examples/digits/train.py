@@ -45,7 +45,7 @@ class Recipe:
     vision: VisionOptions = field(default_factory=VisionOptions)
     language: LanguageOptions = field(default_factory=LanguageOptions)
     llava: BridgeOptions = field(default_factory=BridgeOptions)
-    instructblip: BridgeOptions = field(default_factory=BridgeOptions)
+    instructblip: BridgeOptions = field(default_factory=lambda: BridgeOptions(steps=240))
 
 
 def stage(folder: Path, seed: int, options: Any, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from the code. Imports of heavy parts stay inside the commands: `gapprobe --help
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,13 +17,16 @@ from tyro.extras import SubcommandApp
 from gapprobe.errors import GapprobeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from gapprobe.study.config import StudyConfig
+    from gapprobe.study.run import Study
 
 Positional = tyro.conf.Positional
 Family = Literal["llava", "instructblip", "both"]
-Step = Literal["capture", "outcomes", "probe", "lens", "cosine", "selective", "report"]
+Config = Annotated[Positional[Path], tyro.conf.arg(metavar="CONFIG.toml", help="the study")]
+OUT = Path("gapprobe-study")
+Out = Annotated[Path, tyro.conf.arg(help="output folder", metavar="DIR")]
 
 app = SubcommandApp()
 study = SubcommandApp()
@@ -42,7 +46,6 @@ def demo(
     command goes on where it was.
 
     For example:
-
         gapprobe demo
         gapprobe demo --family llava --quick --out /tmp/digits
     """
@@ -53,37 +56,96 @@ def demo(
     configs = [load_config(FOLDER / f"{name}.toml") for name in names]
     if quick:
         configs = [c.model_copy(update={"images_per_question": 3, "trivial_images": ("black",)}) for c in configs]
-    _run(configs, out or Path("gapprobe-demo-quick" if quick else "gapprobe-demo"), until="report")
+    _run(configs, out or Path("gapprobe-demo-quick" if quick else "gapprobe-demo"))
 
 
 @study.command
 def run(
     configs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")],
-    out: Annotated[Path, tyro.conf.arg(help="output folder", metavar="DIR")] = Path("gapprobe-study"),
-    until: Annotated[Step, tyro.conf.arg(help="stop after this step")] = "report",
+    out: Out = OUT,
 ) -> None:
     """Run one or more studies, each on one model, into one report.
 
-    The steps are capture (answers and residual streams), outcomes (judging and the gap), probe, lens, cosine,
-    selective and report. A finished step is not run again; a changed setting of the analysis runs the analysis again
-    and keeps the activations.
+    The steps are capture (answers and residual streams), gap (judging, and which trials count), probe, lens, cosine
+    and selective; each is a command of its own too. A finished step is not run again; a changed setting of the
+    analysis runs the analysis again and keeps the activations.
 
     For example:
-
         gapprobe study run my-study.toml --out runs/mine
-        gapprobe study run llava-1.6.toml instructblip.toml --out runs/two --until capture
+        gapprobe study run llava-1.6.toml instructblip.toml --out runs/two
     """
     from gapprobe.study.config import load_config
 
-    _run([load_config(path) for path in configs], out, until)
+    _run([load_config(path) for path in configs], out)
+
+
+@study.command
+def capture(config: Config, out: Out = OUT) -> None:
+    """Ask the model everything; keep answers and residual streams. Goes on where an earlier run stopped.
+
+    For example:
+        gapprobe study capture my-study.toml --out runs/mine
+    """
+    print(_study(config, out).capture().info())
+
+
+@study.command
+def gap(config: Config, out: Out = OUT) -> None:
+    """Print accuracies by setting, which trials count, and the gap between told and shown, as JSON.
+
+    For example:
+        gapprobe study gap my-study.toml --out runs/mine | jq .gap
+    """
+    _print(_study(config, out).gap())
+
+
+@study.command
+def probe(config: Config, out: Out = OUT) -> None:
+    """Fit failure probes at every layer beside their controls; print areas and verdicts as JSON.
+
+    For example:
+        gapprobe study probe my-study.toml --out runs/mine | jq -r '.verdict[].sentence'
+    """
+    _print({key: value for key, value in _study(config, out).probe().items() if key != "scores"})
+
+
+@study.command
+def lens(config: Config, out: Out = OUT) -> None:
+    """Print the answer's probability at every layer, told and shown, as JSON.
+
+    For example:
+        gapprobe study lens my-study.toml --out runs/mine | jq '.text, .visual'
+    """
+    _print(_study(config, out).lens())
+
+
+@study.command
+def cosine(config: Config, out: Out = OUT) -> None:
+    """Print the cosine of visual and full-information states at every layer, as JSON.
+
+    For example:
+        gapprobe study cosine my-study.toml --out runs/mine | jq '.success, .failure'
+    """
+    _print(_study(config, out).cosine())
+
+
+@study.command
+def selective(config: Config, out: Out = OUT) -> None:
+    """Print coverage and risk of answering only when confident, by perplexity, probe and both, as JSON.
+
+    For example:
+        gapprobe study selective my-study.toml --out runs/mine | jq .ensemble
+    """
+    _print(_study(config, out).selective())
 
 
 @app.command
-def report(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="folder with a results.json")]) -> None:
+def report(
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="folder with a results.json")],
+) -> None:
     """Write report.html anew from the results.json of a study, without running anything.
 
     For example:
-
         gapprobe report gapprobe-demo
     """
     from gapprobe.report.page import write_report
@@ -97,7 +159,6 @@ def list_models() -> None:
     """List the families of models that gapprobe can trace, and where it finds their parts.
 
     For example:
-
         gapprobe models list
     """
     from gapprobe.models.families import FAMILIES
@@ -120,7 +181,6 @@ def check(
     logits must follow from the last layer. Exits with 1 when a check fails.
 
     For example:
-
         gapprobe models check llava-hf/llava-v1.6-vicuna-7b-hf --dtype bfloat16
         gapprobe models check ./my-llava
     """
@@ -135,11 +195,12 @@ def check(
 
 
 @store.command
-def info(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="a store, or a folder of stores")]) -> None:
+def info(
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="a store, or a folder of stores")],
+) -> None:
     """Say what an activation store holds: model, layers, positions, rows, errors, size.
 
     For example:
-
         gapprobe store info gapprobe-demo/store
     """
     from gapprobe.store.reader import find_stores, open_store
@@ -149,11 +210,12 @@ def info(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="
 
 
 @store.command
-def verify(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="a store, or a folder of stores")]) -> None:
+def verify(
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="a store, or a folder of stores")],
+) -> None:
     """Check every byte of a store against its manifest. Exits with 1 when something is wrong.
 
     For example:
-
         gapprobe store verify gapprobe-demo/store
     """
     from gapprobe.store.reader import find_stores
@@ -170,16 +232,24 @@ def verify(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help
         sys.exit(1)
 
 
-def _run(configs: Sequence[StudyConfig], out: Path, until: str) -> None:
+def _run(configs: Sequence[StudyConfig], out: Path) -> None:
     from gapprobe.report.page import write_report
     from gapprobe.study.run import run_studies
 
-    results = run_studies(configs, out, until=until)
-    if results is None:
-        print(f"{until}: done; it is kept in {out}")
-        return
+    results = run_studies(configs, out)
     page = write_report(results, out / "report.html")
     print(f"\n{results['headline']}\n\nreport   {page}\nnumbers  {out / 'results.json'}\nstore    {out / 'store'}")
+
+
+def _study(config: Path, out: Path) -> Study:
+    from gapprobe.study.config import load_config
+    from gapprobe.study.run import Study
+
+    return Study(load_config(config), out)
+
+
+def _print(result: Mapping[str, object]) -> None:
+    print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
 app.command(study, name="study", help="run the whole study, or its steps, from a configuration file")

@@ -17,14 +17,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the recipe is not installed with the package
 
+from examples.digits.bridges import BridgeOptions, train_instructblip, train_llava
 from examples.digits.check import blank
 from examples.digits.corpus import DEMO, NAMES, Document, DocumentMaker, all_words, load_facts
 from examples.digits.data import augment, blanks, load_digits, to_pixels
-from examples.digits.language import collate, new_maker, new_tokenizer
+from examples.digits.language import LanguageOptions, collate, new_maker, new_tokenizer, train_language
 from examples.digits.table import render_table
 from examples.digits.tokenizer import SPECIALS
 from examples.digits.train import LOG, meets_bounds, stage
-from examples.digits.vision import VisionOptions
+from examples.digits.vision import VisionOptions, train_vision
 
 FAMILIES = ("llava", "instructblip")
 
@@ -126,6 +127,24 @@ def test_augmentation_of_strength_zero_changes_nothing_and_is_seeded() -> None:
     assert (black == -1).all()
     assert (white == 1).all()
     assert 0.4 < noise.std() < 0.7
+
+
+def test_training_is_determined_by_the_seed(tmp_path: Path) -> None:
+    vision, language = VisionOptions(steps=3, batch=8, blank=2), LanguageOptions(plain_steps=2, steps=2, batch=4)
+    bridge = BridgeOptions(steps=3, batch=8, blank=2, vision_steps=2)
+    weights: dict[str, list[bytes]] = {}
+    for run in ("once", "again", "other"):
+        root, seed = tmp_path / run, int(run == "other")
+        train_vision(root / "vision", seed, vision)
+        train_language(root / "language", seed, language)
+        train_llava(root / "llava", root / "vision", root / "language", seed, bridge)
+        train_instructblip(root / "instructblip", root / "vision", root / "language", seed, bridge)
+        for name in ("vision", "language", *FAMILIES):
+            weights.setdefault(name, []).append((root / name / "model.safetensors").read_bytes())
+            assert str(tmp_path) not in (root / name / "config.json").read_text(encoding="utf-8")
+    for once, again, other in weights.values():
+        assert once == again
+        assert once != other
 
 
 def test_a_stage_runs_once_and_refuses_other_options(tmp_path: Path) -> None:

@@ -24,6 +24,16 @@ RELATIONS = (
     "roman",
     "half",
 )
+SPLITS = ("image", "entity", "question", "random")
+VARIANTS = {"norm_gold": 1, "bare_gold": 0.5, "norm_generated": 1.02, "bare_generated": 0.6}
+FAILURES = (
+    ("seven", "successor", "eight", "five"),
+    ("two", "square", "four", "nine"),
+    ("zero", "double", "zero", ""),
+    ("nine", "complement", "one", "two"),
+    ("three", "letters", "five", "four"),
+    ("six", "parity", "even", "odd"),
+)
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=\"alert('pwned')\">\u2028'\"&<b>bold</b>"
 
 
@@ -101,10 +111,10 @@ def family(name: str, layers: int, visual: float, seed: int) -> dict[str, Any]:
     counted = {"full_information": 1.0, "text_only": 0.98, "visual": visual + 0.02, "guess_control": 0.0}
     return {
         "model": {"source": f"demo/{name}", "family": name, "architecture": f"{name.title()}ForConditionalGeneration",
-                  "layers": layers, "width": 128, "parameters": 2_012_345, "weights": "3f9a" * 16,
-                  "card": "A synthetic stand-in: no model was run to make these numbers."},
+                  "layers": layers, "width": 128, "parameters": 2_012_345, "weights": "3f9a" * 16, "revision": ""},
+        "config": {"name": name, "seed": 7 + seed, "max_new_tokens": 10, "probe": {"folds": 5, "c": 1.0}},
         "data": {"questions": 92, "entities": 10, "images": 120, "trials": 1120,
-                 "dropped": [{"question": "half/two: What is half of two?", "reason": "the answer contains the entity"}]},
+                 "dropped": [{"question": "What is half of two?", "reason": "the answer contains the entity"}]},
         "rows": {"run": 5600, "failed": 0, "failures": []},
         "raw": {setting: accuracy(value, 1120) for setting, value in raw.items()},
         "counted": {"n": 948, "excluded": {"identification wrong": 78, "full information wrong": 32,
@@ -125,32 +135,36 @@ def family(name: str, layers: int, visual: float, seed: int) -> dict[str, Any]:
             "question": by_layer([round(v - 0.16, 4) for v in probe], 0.05, 948),
             "random": by_layer([round(v + 0.03, 4) for v in probe], 0.02, 948),
             "controls": controls,
-            "controls_by_split": {split: copy.deepcopy(controls) for split in ("image", "entity", "question", "random")},
+            "controls_by_split": {split: copy.deepcopy(controls) for split in SPLITS},
             "verdict": {"image": verdict(0.86, 0.83 if seed else 0.72, 0.04), "entity": verdict(0.74, 0.71, 0.06),
                         "question": verdict(0.70, 0.55, 0.05), "random": verdict(0.89, 0.85, 0.03)},
         },
         "lens": {
-            "convention": "norm, gold token", "text": text_lens, "visual": visual_lens, "visual_success": right,
+            "convention": "final norm, gold token", "text": text_lens, "visual": visual_lens, "visual_success": right,
             "visual_failure": wrong,
             "ci": {"text": band(text_lens, 0.02), "visual": band(visual_lens, 0.02),
                    "visual_success": band(right, 0.03), "visual_failure": band(wrong, 0.01)},
             "n": {"text": 948, "visual": 948, "visual_success": 410, "visual_failure": 538},
-            "variants": {variant: {"text": [round(v * k, 4) for v in text_lens], "visual": [round(v * k, 4) for v in visual_lens]}
-                         for variant, k in (("norm_gold", 1), ("bare_gold", 0.5), ("norm_generated", 1.02), ("bare_generated", 0.6))},
+            "variants": {variant: {"text": [round(v * scale, 4) for v in text_lens],
+                                   "visual": [round(v * scale, 4) for v in visual_lens]}
+                         for variant, scale in VARIANTS.items()},
         },
         "cosine": {"pair": ["full_information", "visual"], "position": "last_input",
                    "success": curve(0.99, 0.93, layers, 1.5), "failure": curve(0.98, 0.82, layers, 1.5),
                    "ci": {"success": band(curve(0.99, 0.93, layers, 1.5), 0.004),
                           "failure": band(curve(0.98, 0.82, layers, 1.5), 0.008)},
-                   "n": {"success": 410, "failure": 538}},
-        "selective": {"n": 948, "methods note": "A trial is answered when its confidence is at least one half.", **methods},
+                   "n": {"success": 410, "failure": 538},
+                   "centred": {"success": curve(0.0, 0.81, layers, 0.7), "failure": curve(0.0, 0.42, layers, 0.7),
+                               "ci": {"success": band(curve(0.0, 0.81, layers, 0.7), 0.03),
+                                      "failure": band(curve(0.0, 0.42, layers, 0.7), 0.04)},
+                               "n": {"success": 410, "failure": 538}}},
+        "selective": {"n": 948, "left_out": 4, "split": "image",
+                      "operating_point": "answer when the probability of being right is at least 0.5", **methods},
         "gallery": [
             {"image": digit_image(seed + i), "entity": entity, "relation": relation,
-             "question": f"What is the {relation} of the number in the image?", "gold": gold, "visual_answer": wrong_answer,
-             "text_answer": gold, "identification_answer": entity, "confidence": 0.31 + 0.05 * i}
-            for i, (entity, relation, gold, wrong_answer) in enumerate(
-                [("seven", "successor", "eight", "five"), ("two", "square", "four", "nine"), ("zero", "double", "zero", ""),
-                 ("nine", "complement", "one", "two"), ("three", "letters", "five", "four"), ("six", "parity", "even", "odd")])
+             "question": f"What is the {relation} of the number in the image?", "gold": gold, "visual_answer": said,
+             "text_answer": gold, "identification_answer": entity}
+            for i, (entity, relation, gold, said) in enumerate(FAILURES)
         ],
     }  # fmt: skip
 
@@ -160,47 +174,57 @@ def results(names: tuple[str, ...] = ("llava", "instructblip")) -> dict[str, Any
     shapes = {"llava": (6, 0.38), "instructblip": (6, 0.62)}
     return {
         "schema": 1,
-        "study": {"name": "synthetic", "title": "Numbers shown and numbers named (synthetic)", "seed": 7,
-                  "config": {"folds": 5, "max_new_tokens": 10, "batch_size": 32}},
-        "headline": "Named, the number's facts are recalled in 98.0 % of the rows that count; shown, in 40.0 % (LLaVA) and "
-        "64.0 % (InstructBLIP). Synthetic numbers: no model was run.",
+        "study": {"title": "Numbers shown and numbers named (synthetic)", "names": list(names),
+                  "note": "Synthetic: every number comes from a formula, no model was run."},
+        "headline": " ".join(
+            f"{name} answers 98% of 948 questions about an object that is named, and {share}% when it is only shown: a "
+            "gap of 58 points, 95 % interval 54 to 62. The probe (layers 4, 5, chosen on training rows only) reaches "
+            "an AUC of 0.860 [0.820, 0.900], its best control 0.830 [0.790, 0.870]."
+            for name, share in zip(names, (40, 64, 52), strict=False)
+        ),
         "families": {name: family(name, *shapes.get(name, (32, 0.5)), seed) for seed, name in enumerate(names)},
         "versions": {"gapprobe": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0"},
         "machine": {"cpu": "a made-up processor", "cores": 2},
-        "steps": [{"family": name, "step": step, "seconds": seconds, "resumed": step == "capture" and i > 0}
-                  for i, name in enumerate(names)
+        "steps": [{"family": name, "step": step, "seconds": seconds}
+                  for name in names
                   for step, seconds in (("capture", 71.4), ("judge", 0.4), ("probe", 12.9), ("lens", 3.1))],
     }  # fmt: skip
 
 
 def with_nulls() -> dict[str, Any]:
-    """Return one family in which everything that may be null is null, or has a hole in it."""
+    """Return one family in which no trial counts, but for a few lines with a hole in them."""
     made = results(("llava",))
     llava = made["families"]["llava"]
-    empty = {"accuracy": None, "n": 0, "ci": None}
-    llava["settings"] = {setting: dict(empty) for setting in llava["settings"]}
-    llava["raw"]["guess_control"] = dict(empty)
-    llava["gap"] = {"absolute": None, "relative": {"value": None, "ci": None, "n": 0}}
+    missing = {"accuracy": None, "n": 0, "ci": [None, None]}
+    no_auc = {"auc": [None] * 7, "ci": [[None, None]] * 7, "n": 0}
+    llava["settings"] = {setting: dict(missing) for setting in llava["settings"]}
+    llava["raw"]["guess_control"] = dict(missing)
+    llava["gap"] = {part: {"value": None, "ci": [None, None], "n": 0} for part in ("absolute", "relative")}
     llava["counted"]["n"] = 0
-    llava["by_relation"][0] |= {"visual": None, "ci": None}
-    llava["probe"]["image"] = {"auc": [None] * 7, "ci": [None] * 7, "n": 0}
+    llava["by_relation"][0] |= {"visual": None, "ci": [None, None]}
+    llava["probe"] |= {"image": no_auc, "question": no_auc, "why_not": "No probe was fitted: all 0 labels are False."}
     llava["probe"]["entity"]["auc"][2] = None
-    llava["probe"]["entity"]["ci"][2] = None
-    llava["probe"]["question"] = None
-    llava["probe"]["controls"] = {"shuffled": None, "question_only": None, "layer_0": None}
-    llava["probe"]["verdict"] = {"image": None, "entity": llava["probe"]["verdict"]["entity"]}
-    llava["lens"]["visual_failure"] = None
-    llava["lens"]["ci"]["visual_failure"] = None
-    llava["lens"]["variants"]["bare_gold"] = None
-    llava["cosine"] |= {"success": None, "failure": None, "ci": {"success": None, "failure": None}}
-    llava["selective"]["probe"] = None
-    llava["selective"]["ensemble"] |= {
-        "aurc": None,
-        "ci": {"coverage": None, "risk": None, "aurc": None},
-        "curve": None,
-    }
+    llava["probe"]["entity"]["ci"][2] = [None, None]
+    llava["probe"]["controls"] = dict.fromkeys(llava["probe"]["controls"], no_auc)
+    llava["probe"]["verdict"] = {}
+    llava["lens"]["visual_failure"] = [None] * 7
+    llava["lens"]["ci"]["visual_failure"] = [[None, None]] * 7
+    llava["lens"]["n"]["visual_failure"] = 0
+    llava["lens"]["variants"]["bare_gold"] = {"text": [None] * 7, "visual": [None] * 7}
+    for cosine in (llava["cosine"], llava["cosine"]["centred"]):
+        cosine |= {"success": [None] * 7, "failure": [None] * 7}
+        cosine["ci"] = {"success": [[None, None]] * 7, "failure": [[None, None]] * 7}
+    for method in ("probe", "ensemble"):
+        llava["selective"][method] = {
+            "coverage": None,
+            "risk": None,
+            "aurc": None,
+            "n": 0,
+            "ci": {"coverage": [None, None], "risk": [None, None], "aurc": [None, None]},
+            "curve": {"coverage": [], "risk": []},
+        }
     llava["gallery"] = []
-    llava["model"]["card"] = None
+    made["study"]["note"] = ""
     return made
 
 
@@ -221,10 +245,11 @@ def hostile() -> dict[str, Any]:
     made = with_failures()
     made["headline"] += HOSTILE
     made["study"]["title"] += HOSTILE
-    made["study"]["config"]["note"] = HOSTILE
+    made["study"]["note"] = HOSTILE
     llava = made["families"].pop("llava")
     made["families"][HOSTILE] = llava
-    llava["model"] |= {"source": HOSTILE, "card": HOSTILE}
+    llava["model"]["source"] = HOSTILE
+    llava["config"]["name"] = HOSTILE
     llava["by_relation"][0]["relation"] = HOSTILE
     llava["rows"]["failures"][0]["error"] = HOSTILE
     llava["data"]["dropped"][0]["question"] = HOSTILE

@@ -26,7 +26,7 @@ def test_any_flipped_bit_is_found_and_named(tmp_path, file):
 
 def test_a_flipped_bit_names_the_rows_it_touches(tmp_path):
     write(tmp_path, some_rows(9))
-    flip(tmp_path / "shards" / "000001.safetensors", 4100, 0)
+    flip(tmp_path / "shards" / "000001.safetensors", 4150, 0)
     (problem,) = open_store(tmp_path).verify()
     assert problem.rows == ("row 3", "row 4", "row 5")
     assert "bytes have changed" in problem.what

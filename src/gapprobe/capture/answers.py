@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
@@ -36,7 +35,7 @@ def generate(model: Model, inputs: dict[str, Tensor], *, max_new_tokens: int, st
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=sorted(ends) or None,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=model.pad_token_id,
         suppress_tokens=[model.image_token_id],
     )
     width = inputs["input_ids"].shape[1]
@@ -73,13 +72,13 @@ def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
 
 def _end_tokens(model: Model) -> frozenset[int]:
     config = cast(Any, model.part(model.family.generator)).generation_config
-    own = config.eos_token_id if config is not None else None
-    listed = own if isinstance(own, list) else [own]
-    return frozenset(int(end) for end in [*listed, model.tokenizer.eos_token_id] if end is not None)
+    own: int | list[int] | None = config.eos_token_id if config is not None else None
+    last: int | None = cast(Any, model.tokenizer).eos_token_id
+    return frozenset(end for end in [*(own if isinstance(own, list) else [own]), last] if end is not None)
 
 
 @contextmanager
-def _only(config: GenerationConfig, *modules: Any) -> Iterator[None]:
+def _only(config: GenerationConfig, *modules: Any) -> Generator[None]:
     """Put `config` in place of the modules' generation settings, which otherwise fill whatever a caller leaves open."""
     before = [module.generation_config for module in modules]
     for module in modules:
@@ -97,6 +96,6 @@ class _AtMarker(StoppingCriteria):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, width: int) -> None:
         self.tokenizer, self.stop, self.width = tokenizer, stop, width
 
-    def __call__(self, input_ids: Int[Tensor, "n t"], scores: object, **kwargs: object) -> Bool[Tensor, " n"]:  # noqa: ARG002 (transformers passes them)
+    def __call__(self, input_ids: Tensor, *_: object, **__: object) -> torch.BoolTensor:
         done = [self.stop in _decode(self.tokenizer, row) for row in input_ids[:, self.width :].tolist()]
-        return torch.tensor(done, device=input_ids.device)
+        return cast(torch.BoolTensor, torch.tensor(done, device=input_ids.device))

@@ -175,7 +175,7 @@ class _Run:
         spoken = torch.tensor([len(answer.token_ids) for answer in answers])
         longest = int(spoken.max())
         width = inputs["input_ids"].shape[1]
-        whole = _with_answers(inputs, answers, longest, int(self.model.tokenizer.pad_token_id))
+        whole = _with_answers(inputs, answers, longest, self.model.pad_token_id)
         # The last column of the prompt is the same in every row: batches are padded on the left.
         offsets = {"last_input": torch.zeros_like(spoken), "last_output": spoken}
         # In the order of the sequence, not of the caller: this is how a row's tokens stand in the store.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils.hub import cached_file
 
@@ -73,7 +74,9 @@ def load_model(
         # transformers puts the language model's tokenizer in the place of another one that is missing.
         if processor is None and part not in ("image_processor", "tokenizer") and not (folder / part).is_dir():
             raise ModelError(f"{where}: its processor lacks the folder {part}; copy it from the original model")
-    hf = _load_weights(name, where, options, dtype).to(_device(device))
+    place = _device(device)
+    hf = _load_weights(name, where, options, dtype)
+    cast(nn.Module, hf).to(place)
     files = tuple(sorted(folder.glob("*.safetensors")))
     return Model(_frozen(hf), ready, family, where, commit or "", files)
 
@@ -104,8 +107,8 @@ def _find(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
     except Exception as error:
         asked = f" at revision {revision}" if revision else ""
         raise ModelError(
-            f"{source} is no folder here, and the Hugging Face hub does not give it{asked}: {_first_line(error)}. Check "
-            "the spelling and the network, or give the path of a downloaded folder"
+            f"{source} is no folder here, and the Hugging Face hub does not give it{asked}: {_first_line(error)}. "
+            "Check the spelling and the network, or give the path of a downloaded folder"
         ) from error
     # …/snapshots/<commit>/config.json
     folder = Path(cast(str, config)).parent

@@ -71,7 +71,9 @@ class Model:
     @property
     def attention(self) -> str:
         """Return the attention implementation of the language model, as transformers names it."""
-        return str(cast(Any, self.hf.config).text_config._attn_implementation or self.hf.config._attn_implementation)
+        config = cast(Any, self.hf.config)
+        # transformers has no public name for it.
+        return str(config.text_config._attn_implementation or config._attn_implementation)
 
     @property
     def image_token(self) -> str:
@@ -82,6 +84,11 @@ class Model:
     def image_token_id(self) -> int:
         """Return the vocabulary number of the image token."""
         return int(cast(Any, self.hf.config).image_token_id)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Return the token that pads, always masked."""
+        return int(cast(Any, self.tokenizer).pad_token_id)
 
     @cached_property
     def traced(self) -> Any:
@@ -198,10 +205,8 @@ class Model:
             return Unembedding(head.weight, head.bias, "rms", gain=norm.weight, eps=float(norm.variance_epsilon))
         if isinstance(norm, nn.LayerNorm):
             return Unembedding(head.weight, head.bias, "layer", norm.weight, norm.bias, norm.eps)
-        raise ModelError(
-            f"{self.source}: the final norm {kind} is not known to gapprobe, which knows {', '.join(sorted(RMS_NORMS))} "
-            "and LayerNorm"
-        )
+        known = ", ".join([*sorted(RMS_NORMS), "LayerNorm"])
+        raise ModelError(f"{self.source}: the final norm {kind} is not known to gapprobe; it knows {known}")
 
     def first_token(self, answer: str, prompt: str = "Answer:") -> int:
         """Return the first token of `answer` when it follows `prompt` and a space: a target for the logit lens.

@@ -94,7 +94,7 @@ class Nested:
     @property
     def probability(self) -> Float[np.ndarray, " n"]:
         """Return the probability of the positive class, classes balanced."""
-        return 1.0 / (1.0 + np.exp(-self.scores))
+        return (1.0 + np.tanh(self.scores / 2.0)) / 2.0
 
 
 def choose_layers(by_layer: dict[int, HeldOut], cut: NestedFolds) -> Nested:

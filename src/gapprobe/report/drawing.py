@@ -7,7 +7,7 @@ is decided in `series` and `figures`.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -68,6 +68,7 @@ def line(series: Series, **settings: Any) -> go.Scatter:
         text=[f"{number(y)} {interval(ci)}".rstrip() for y, ci in zip(series.y, intervals, strict=True)],
         hovertemplate="%{text}",
         connectgaps=False,
+        cliponaxis=False,
     ).update(settings)
 
 
@@ -104,7 +105,8 @@ def label_lines(figure: go.Figure, lines: Sequence[Series], span: Span) -> None:
         swatch = {"color": series.color, "width": series.width, "dash": series.dash}
         ends_at = {"xanchor": 1, "x0": 8, "x1": 30, "y0": height, "y1": height}
         figure.add_shape(type="line", xsizemode="pixel", line=swatch, **ends_at, **at)
-        figure.add_annotation(x=1, xanchor="left", xshift=34, y=height, text=series.name, showarrow=False, **at)
+        named = {"text": series.name, "showarrow": False}
+        figure.add_annotation(x=1, xanchor="left", xshift=34, y=height, yanchor="middle", **named, **at)
 
 
 def spread(places: Sequence[Number], least: Number) -> list[Number]:
@@ -133,16 +135,13 @@ def whiskers(values: Sequence[Number], intervals: Sequence[Ends]) -> dict[str, A
     if not any(ends(ci) for ci in intervals):
         return None
     pairs = [(value, *(ends(ci) or (value, value))) for value, ci in zip(values, intervals, strict=True)]
-    array = {
-        "array": [high - value for value, _, high in pairs],
-        "arrayminus": [value - low for value, low, _ in pairs],
-    }
-    return {"type": "data", "symmetric": False, "color": _INK, "thickness": 1.4, "width": 4, **array}
+    up, down = [high - value for value, _, high in pairs], [value - low for value, low, _ in pairs]
+    return {"type": "data", "array": up, "arrayminus": down, "color": _INK, "thickness": 1.4, "width": 4}
 
 
-def plain(text: str) -> str:
-    """Write a foreign string so that Plotly's own markup (links, line breaks) stays text; cut it at 40 characters."""
-    return html.escape(text if len(text) <= 40 else text[:39] + "…", quote=False)
+def plain(text: str, most: int | None = None) -> str:
+    """Write a foreign string so that Plotly's markup (links, line breaks) stays text; cut it at `most` characters."""
+    return html.escape(text if most is None or len(text) <= most else text[: most - 1] + "…", quote=False)
 
 
 def table(figure: go.Figure) -> tuple[list[str], list[list[str]]]:

@@ -10,13 +10,8 @@ import math
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from gapprobe.report import series
-from gapprobe.report.drawing import (
-    GRID, bands, label_lines, layer_ticks, line, plain, side_label, style, whiskers,
-)  # fmt: skip
-from gapprobe.report.series import (
-    BLUE, GREY, SETTINGS, VARIANTS, VERMILION, Family, Series, Span, ends, interval, percent,
-)  # fmt: skip
+from gapprobe.report import drawing, series
+from gapprobe.report.series import BLUE, GREY, SETTINGS, VARIANTS, VERMILION, Family, Series, Span, interval, percent
 
 _COLORS = {"text_only": BLUE, "visual": VERMILION}
 _LEGEND = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
@@ -25,14 +20,14 @@ _LEGEND = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
 def gap_bars(family: Family) -> go.Figure | None:
     """Accuracy with intervals: text only and visual on the rows that count, above all five settings on all trials."""
     groups = {
-        "rows that count": ({key: family["settings"].get(key) for key in _COLORS}, 1),
-        "all trials": (family["raw"], 0.5),
+        "rows that count": ({key: family["settings"][key] for key in _COLORS}, 1),
+        "all trials": ({key: family["raw"][key] for key in SETTINGS}, 0.5),
     }
     figure = make_subplots(
         rows=2, shared_xaxes=True, vertical_spacing=0.16, row_heights=[2.4, 5], subplot_titles=list(groups)
     )
     for row, (name, (cells, opacity)) in enumerate(groups.items(), start=1):
-        known = {key: cells[key] for key in SETTINGS if (cells.get(key) or {}).get("accuracy") is not None}
+        known = {key: cell for key, cell in cells.items() if cell["accuracy"] is not None}
         values = [cell["accuracy"] for cell in known.values()]
         bars = go.Bar(
             x=values,
@@ -41,33 +36,32 @@ def gap_bars(family: Family) -> go.Figure | None:
             name=name,
             width=0.66,
             marker={"color": [_COLORS.get(key, GREY) for key in known], "opacity": opacity},
-            error_x=whiskers(values, [cell["ci"] for cell in known.values()]),
+            error_x=drawing.whiskers(values, [cell["ci"] for cell in known.values()]),
             text=[f"{percent(c['accuracy'])} {interval(c['ci'], 100, 1)}, n = {c['n']}" for c in known.values()],
             textposition="none",
             hovertemplate="%{y}: %{text}<extra></extra>",
         )
         figure.add_trace(bars, row=row, col=1)
         counts = sorted({cell["n"] for cell in known.values()})
-        n = (
-            "no rows"
-            if not counts
-            else "n = " + "–".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-        )
+        n = f"n = {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}" if counts else "no rows"
         figure.layout.annotations[row - 1].update(text=f"<b>{name}</b>, {n}", x=0, xanchor="left", font={"size": 13})
-        for key in known:
-            side_label(figure, SETTINGS[key], f"<b>{percent(cells[key]['accuracy'])}</b>", f"y{row if row > 1 else ''}")
+        labels = [SETTINGS[key] for key in cells]
+        figure.update_yaxes(type="category", categoryarray=labels, range=[len(labels) - 0.5, -0.5], row=row)
+        for key, label in zip(cells, labels, strict=True):
+            share = f"<b>{percent(cells[key]['accuracy'])}</b>" if key in known else "no rows"
+            drawing.side_label(figure, label, share, "y" if row == 1 else "y2")
     if not any(len(trace.x) for trace in figure.data):
         return None
-    style(figure, 330, ("y", "setting"), l=112, r=66, t=26)
+    drawing.style(figure, 330, ("y", "setting"), l=112, r=66, t=26)
     figure.update_xaxes(range=[0, 1], tickformat=".0%")
     figure.update_xaxes(title_text="answers judged right (% of rows)", row=2)
-    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_yaxes(categoryorder="array", showgrid=False)
     return figure
 
 
 def accuracy_by_relation(family: Family) -> go.Figure | None:
     """Text-only and visual accuracy of each relation, the widest gap first, with the interval of the visual one."""
-    rows = {plain(row["relation"]): row for row in family["by_relation"] or []}
+    rows = {drawing.plain(row["relation"]): row for row in family["by_relation"] or []}
     order = sorted(rows, key=lambda name: ((rows[name]["visual"] or 0) - (rows[name]["text_only"] or 0), name))
     figure = go.Figure()
     for key, symbol in (("text_only", "circle-open"), ("visual", "circle")):
@@ -83,23 +77,23 @@ def accuracy_by_relation(family: Family) -> go.Figure | None:
             mode="markers",
             name=SETTINGS[key],
             marker={"color": _COLORS[key], "size": 9, "symbol": symbol, "line": {"width": 2, "color": _COLORS[key]}},
-            error_x=whiskers(values, intervals),
+            error_x=drawing.whiskers(values, intervals),
             text=texts,
+            cliponaxis=False,
             hovertemplate="%{y}: %{text}<extra>%{fullData.name}</extra>",
         )
         figure.add_trace(dots)
     if not any(len(trace.x) for trace in figure.data):
         return None
     for name in order:
-        if pair := ends([rows[name]["visual"], rows[name]["text_only"]]):
-            bridge = {"color": GRID, "width": 5}
+        if pair := series.ends([rows[name]["visual"], rows[name]["text_only"]]):
+            bridge = {"color": drawing.GRID, "width": 5}
             figure.add_shape(type="line", x0=pair[0], x1=pair[1], y0=name, y1=name, line=bridge, layer="below")
-        side_label(figure, name, f"n = {rows[name]['n']}")
-    style(figure, 76 + 24 * len(order), ("y", "relation"), l=112, r=66, t=26)
+        drawing.side_label(figure, name, f"n = {rows[name]['n']}")
+    drawing.style(figure, 76 + 24 * len(order), ("y", "relation"), l=112, r=66, t=26)
     figure.update_xaxes(range=[-0.02, 1.02], tickformat=".0%", title_text="answers judged right (% of rows that count)")
-    figure.update_yaxes(
-        categoryorder="array", categoryarray=order[::-1], range=[-0.6, len(order) - 0.4], showgrid=False
-    )
+    figure.update_yaxes(categoryorder="array", categoryarray=order, range=[len(order) - 0.4, -0.6], showgrid=False)
+    figure.update_yaxes(tickvals=order, ticktext=[drawing.plain(rows[name]["relation"], 40) for name in order])
     figure.update_yaxes(automargin=True)
     figure.update_layout(showlegend=True, legend=_LEGEND)
     return figure
@@ -113,7 +107,7 @@ def probability_by_layer(family: Family) -> go.Figure | None:
 def probability_variants(family: Family) -> go.Figure | None:
     """The four conventions of the logit lens side by side: final norm or none, gold or generated token."""
     variants = {key: (family["lens"].get("variants") or {}).get(key) or {} for key in VARIANTS}
-    names = [key for key, cells in variants.items() if any(cells.values())]
+    names = [key for key, cells in variants.items() if any(Series("", (), ys, "").known for ys in cells.values())]
     if not names:
         return None
     rows = math.ceil(len(names) / 2)
@@ -124,13 +118,13 @@ def probability_variants(family: Family) -> go.Figure | None:
         for key, label, color, dash in (("text", "text only", BLUE, "solid"), ("visual", "visual", VERMILION, "dash")):
             drawn = Series(label, family["layers"], variants[name].get(key) or [], color, dash=dash)
             if drawn.known:
-                trace = line(drawn, mode="lines", meta=VARIANTS[name], legendgroup=key, showlegend=place == 0)
+                trace = drawing.line(drawn, mode="lines", meta=VARIANTS[name], legendgroup=key, showlegend=place == 0)
                 figure.add_trace(trace, row=place // 2 + 1, col=place % 2 + 1)
     figure.for_each_annotation(lambda title: title.update(font={"size": 12}))
-    style(figure, 130 + 130 * rows, ("x", "layer"), l=62, r=12, t=50)
+    drawing.style(figure, 130 + 130 * rows, ("x", "layer"), l=62, r=12, t=50)
     figure.update_yaxes(range=[0, 1])
     figure.update_yaxes(title_text="probability", col=1)
-    figure.update_xaxes(layer_ticks(family["layers"], most=6))
+    figure.update_xaxes(drawing.layer_ticks(family["layers"], most=6))
     figure.update_xaxes(title_text="layer", row=rows)
     figure.update_layout(showlegend=True, legend={**_LEGEND, "y": 1.1})
     return figure
@@ -163,7 +157,7 @@ def risk_coverage(family: Family, top: float = 1.0) -> go.Figure | None:
         return None
     figure = go.Figure()
     for key, curve in curves.items():
-        figure.add_trace(line(curve, mode="lines"))
+        figure.add_trace(drawing.line(curve, mode="lines"))
         method = family["selective"][key]
         if method["coverage"] is not None and method["risk"] is not None:
             dot = go.Scatter(
@@ -176,10 +170,10 @@ def risk_coverage(family: Family, top: float = 1.0) -> go.Figure | None:
                 hovertemplate="%{text}<extra>%{fullData.name}</extra>",
             )
             figure.add_trace(dot)
-    style(figure, 340, ("x", "coverage"), r=122)
+    drawing.style(figure, 340, ("x", "coverage"), r=136)
     figure.update_xaxes(range=[0, 1], tickformat=".0%", title_text="coverage (% of rows answered)")
     figure.update_yaxes(range=[0, top], tickformat=".0%", title_text="risk (% wrong among the answered)")
-    label_lines(figure, list(curves.values()), (0, top))
+    drawing.label_lines(figure, list(curves.values()), (0, top))
     return figure
 
 
@@ -190,11 +184,12 @@ def _over_layers(lines: list[Series], title: str, span: Span | None, chance: flo
         return None
     values = [value for part in drawn for value in part.extremes]
     low, high = span or (min(values), max(values))
-    figure = go.Figure([*(band for part in drawn for band in bands(part)), *(line(part) for part in drawn)])
-    style(figure, 350, ("x", "layer"), r=122)
-    figure.update_xaxes(layer_ticks(drawn[0].x, most=12), title_text="layer (0 = embeddings)")
+    figure = go.Figure([band for part in drawn for band in drawing.bands(part)])
+    figure.add_traces([drawing.line(part) for part in drawn])
+    drawing.style(figure, 350, ("x", "layer"), r=136)
+    figure.update_xaxes(drawing.layer_ticks(drawn[0].x, most=12), title_text="layer (0 = embeddings)")
     figure.update_yaxes(range=[low, high], title_text=title)
     if chance is not None:
         figure.add_hline(y=chance, line={"color": GREY, "width": 1}, layer="below")
-    label_lines(figure, drawn, (low, high))
+    drawing.label_lines(figure, drawn, (low, high))
     return figure

@@ -36,7 +36,7 @@ def probe_rows(outcomes: pd.DataFrame, store: Store, config: StudyConfig) -> pd.
     trials = runnable(outcomes)
     trials = counted(trials) if config.probe.rows == "counted" else trials[trials["full_information"].astype(bool)]
     if config.probe.position == "last_output":
-        answered = store.rows["answer_token_ids"].map(len) > 0
+        answered = store.rows["answer"].fillna("") != ""
         trials = trials[answered.reindex(trials["visual_row"]).to_numpy()]
     return trials.set_index("visual_row")
 
@@ -133,7 +133,8 @@ def lens(store: Store, outcomes: pd.DataFrame, model: Model, config: StudyConfig
     weights = weights_for(trials, config.probe.replicates, config.seed)
     unembedding = model.unembedding()
     gold = {answer: model.first_token(answer) for answer in trials["gold"].unique()}
-    generated = {i: tokens[0] if len(tokens) else -1 for i, tokens in store.rows["answer_token_ids"].items()}
+    answers = store.rows["answer_token_ids"].dropna()
+    generated = {str(i): int(tokens[0]) if len(tokens) else -1 for i, tokens in answers.items()}
     shown = trials["visual"].to_numpy(dtype=bool)
 
     def probability(setting: str, normed: bool, target: str) -> Float[np.ndarray, "l n"]:

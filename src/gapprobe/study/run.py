@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 POSITIONS = ("last_input", "last_output")
 Call = tuple[str, str | None]
-STEPS = ("capture", "outcomes", "probe", "lens", "cosine", "selective", "report")
 
 
 class Study:
@@ -56,9 +55,7 @@ class Study:
         self.config = config
         self.out = out
         self.progress = progress
-        self.questions: QuestionSet = load_questions(
-            config.path(config.questions), config.reference, config.identify
-        )
+        self.questions: QuestionSet = load_questions(config.path(config.questions), config.reference, config.identify)
         self.template: PromptTemplate = load_template(config.path(config.prompts))
         asked_about = list(dict.fromkeys(q.entity for q in self.questions.questions))
         self.images: ImageSet = load_images(config.path(config.images), asked_about)
@@ -86,6 +83,14 @@ class Study:
         config = self.config
         return load_model(config.model_source, dtype=config.dtype, device=config.device, revision=config.revision)
 
+    def claim(self) -> None:
+        """Make the output folder this study's.
+
+        Raises:
+            OutputError: it is somebody else's, or holds another study of this name.
+        """
+        claim(self.out, {self.config.name: self.fingerprint})
+
     def capture(self) -> Store:
         """Ask the model everything and keep answers and residual streams; goes on where an earlier run stopped."""
         return self._store
@@ -94,6 +99,7 @@ class Study:
     def _store(self) -> Store:
         from gapprobe.capture.run import capture
 
+        self.claim()
         start = time.perf_counter()
         store = capture(
             self.model,
@@ -134,9 +140,7 @@ class Study:
     def gap(self) -> Json:
         """Measure the accuracies, which trials count, and the gap."""
         probe = self.config.probe
-        return self._once(
-            "outcomes", lambda: measure_gap(self.outcomes, replicates=probe.replicates, seed=self.config.seed)
-        )
+        return self._once("gap", lambda: measure_gap(self.outcomes, replicates=probe.replicates, seed=self.config.seed))
 
     def probe(self) -> Json:
         """Fit the failure probes at every layer, with controls, and selective prediction's scores."""
@@ -153,24 +157,17 @@ class Study:
     def selective(self) -> Json:
         """Measure selective prediction by perplexity, by the probe, and by both."""
         scores = self.probe()["scores"]
-        return self._once(
-            "selective", lambda: analysis.selective(self.capture(), self.outcomes, scores, self.config)
-        )
-
-    def run(self, until: str = "report") -> Json | None:
-        """Run the steps up to `until`; return this study's part of results.json once all of them are there."""
-        for name, step in zip(STEPS, (self.capture, self.gap, self.probe, self.lens, self.cosine, self.selective), strict=False):
-            step()
-            if name == until:
-                return None
-        return self._family()
+        return self._once("selective", lambda: analysis.selective(self.capture(), self.outcomes, scores, self.config))
 
     def _once(self, name: str, compute: Callable[[], Json]) -> Json:
         store = self.capture()
         parts = (gapprobe.__version__, self.fingerprint, self.config.model_dump_json(), store.header.fingerprint)
         return self._steps.once(name, key_of(*parts), compute)
 
-    def _family(self) -> Json:
+    def results(self) -> Json:
+        """Run whatever is not there yet; return this study's part of results.json (docs/results.md)."""
+        gap, probe, lens = self.gap(), self.probe(), self.lens()
+        cosine, selective = self.cosine(), self.selective()
         gallery = self._once(
             "gallery",
             lambda: {
@@ -179,7 +176,7 @@ class Study:
                 )
             },
         )
-        store, probe = self.capture(), self.probe()
+        store = self.capture()
         return {
             "config": self.config.model_dump(mode="json"),
             # As the configuration spells it: where the folder lies on this machine is nobody's business.
@@ -192,12 +189,12 @@ class Study:
                 "dropped": [{"question": q.naming(q.entity), "reason": why} for q, why in self.questions.dropped],
             },
             "rows": _rows(store.rows.loc[sorted(set(self._ids.values()))]),
-            **self.gap(),
+            **gap,
             "layers": list(store.header.layers),
             "probe": {key: value for key, value in probe.items() if key != "scores"},
-            "lens": self.lens(),
-            "cosine": self.cosine(),
-            "selective": self.selective(),
+            "lens": lens,
+            "cosine": cosine,
+            "selective": selective,
             **gallery,
         }
 
@@ -231,19 +228,16 @@ def _rows(rows: pd.DataFrame) -> Json:
     return {"run": len(rows) - len(failed), "failed": len(failed), "failures": kinds}
 
 
-def run_studies(
-    configs: Sequence[StudyConfig], out: Path | str, *, until: str = "report", progress: bool = True
-) -> Json | None:
+def run_studies(configs: Sequence[StudyConfig], out: Path | str, *, progress: bool = True) -> Json:
     """Run studies into one folder and write `results.json` there; steps that are already there are not run again.
 
     Args:
         configs: one a study; their names must differ.
         out: the output folder; made if it is not there.
-        until: the last step to run, of `STEPS`.
         progress: show progress bars.
 
     Returns:
-        The results, or None when `until` is an earlier step.
+        The results; docs/results.md describes them.
 
     Raises:
         ConfigError: no study, two of one name, or questions, prompts or images that cannot be used.
@@ -255,11 +249,9 @@ def run_studies(
     if not configs or len(set(names)) < len(names):
         raise ConfigError("give at least one study, each with a name of its own" if configs else "give a configuration")
     studies = [Study(config, out, progress=progress) for config in configs]
-    claim(out, {study.config.name: study.fingerprint for study in studies})
-    parts = {study.config.name: study.run(until) for study in studies}
-    families = {name: part for name, part in parts.items() if part is not None}
-    if until != "report":
-        return None
+    for study in studies:
+        study.claim()
+    families = {study.config.name: study.results() for study in studies}
     results: Json = {
         "schema": SCHEMA,
         "headline": headline(families),

@@ -1,0 +1,159 @@
+"""The command line as a user types it: real processes, their output and exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gapprobe.demo import FOLDER
+
+COMMANDS = [
+    [],
+    ["demo"],
+    ["report"],
+    ["study"],
+    *[["study", step] for step in ("run", "capture", "gap", "probe", "lens", "cosine", "selective")],
+    ["models"],
+    ["models", "list"],
+    ["models", "check"],
+    ["store"],
+    ["store", "info"],
+    ["store", "verify"],
+]
+# The trained toys are too small to gain from threads, and tests run beside each other.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+def gapprobe(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gapprobe", *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_help_is_there_for_every_command_with_an_example() -> None:
+    script = (
+        "import contextlib, io, sys\nfrom gapprobe.cli import main\n"
+        f"for command in {COMMANDS!r}:\n"
+        "    out = io.StringIO()\n"
+        "    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):\n"
+        "        main([*command, '--help'])\n"
+        "    text = out.getvalue()\n"
+        "    assert 'usage: gapprobe' in text, command\n"
+        "    assert len(command) < 2 or 'gapprobe ' + ' '.join(command) in text.split('example', 1)[1], command\n"
+        "print('all there')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.stdout == "all there\n", done.stderr
+
+
+def test_the_package_and_its_help_load_nothing_heavy() -> None:
+    script = (
+        "import sys, gapprobe, gapprobe.cli\n"
+        "print([m for m in ('torch', 'transformers', 'nnsight', 'pandas', 'plotly', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    import gapprobe
+
+    for name in gapprobe.__all__:
+        assert getattr(gapprobe, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = gapprobe.nonsense
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of the shipped LLaVA with few calls, its parts named by path."""
+    text = (FOLDER / "llava.toml").read_text(encoding="utf-8")
+    for part in ("models/llava", "digits.parquet", "facts.toml", "prompts.toml"):
+        text = text.replace(f'"{part}"', f'"{FOLDER / part}"')
+    text = text.replace("images_per_question = 10", "images_per_question = 1")
+    text = text.replace('["black", "white", "noise", "none"]', '["black"]')
+    path = tmp_path_factory.mktemp("study") / "study.toml"
+    path.write_text(text + "\n[probe]\nreplicates = 100\nfolds = 3\n", encoding="utf-8")
+    return path
+
+
+def test_a_study_step_by_step_and_then_whole(config: Path, tmp_path: Path) -> None:
+    captured = gapprobe("study", "capture", config, "--out", "out", cwd=tmp_path)
+    assert captured.returncode == 0, captured.stderr
+    assert "0 could not be run" in captured.stdout
+    assert "row/s" in captured.stderr or "row" in captured.stderr
+    gap = gapprobe("study", "gap", config, "--out", "out", cwd=tmp_path)
+    assert json.loads(gap.stdout)["raw"]["text_only"]["accuracy"] >= 0.9
+    whole = gapprobe("study", "run", config, "--out", "out", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert "report   out/report.html" in whole.stdout
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["headline"] in whole.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "study.json", "steps", "store", "results.json", "report.html",
+    }  # fmt: skip
+
+    info = gapprobe("store", "info", "out", cwd=tmp_path)
+    assert "LlavaForConditionalGeneration" in info.stdout
+    assert gapprobe("store", "verify", "out", cwd=tmp_path).stdout.strip().endswith("sound")
+    shard = next((tmp_path / "out").rglob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    broken = gapprobe("store", "verify", "out", cwd=tmp_path)
+    assert broken.returncode == 1
+    assert shard.name in broken.stdout
+
+    (tmp_path / "out" / "report.html").unlink()
+    assert gapprobe("report", "out", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("study", "run", "nowhere.toml"), "nowhere.toml does not exist"),
+        (("study", "run"), "give a configuration"),
+        (("models", "check", "."), "no config.json"),
+        (("store", "info", "."), "no gapprobe store"),
+        (("report", "."), "results.json does not exist"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = gapprobe(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.startswith("gapprobe: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_models_list_names_the_families() -> None:
+    listed = gapprobe("models", "list").stdout
+    for name in ("llava", "llava_next", "instructblip", "LlavaNextForConditionalGeneration"):
+        assert name in listed
+
+
+@pytest.mark.parametrize("family", ["llava", "instructblip"])
+def test_models_check_passes_on_the_shipped_models(family: str) -> None:
+    done = gapprobe("models", "check", FOLDER / "models" / family, "--dtype", "float32", "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAIL" not in done.stdout
+    assert done.stdout.count("ok") >= 4
+
+
+def test_a_full_disk_is_said_in_one_line_and_the_same_command_goes_on(config: Path, tmp_path: Path) -> None:
+    limited = (
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "from gapprobe.cli import main\nmain(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", limited, "study", "capture", str(config), "--out", "out"]
+    full = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=False)
+    last = full.stderr.strip().splitlines()[-1]
+    assert full.returncode == 1
+    assert last.startswith("gapprobe: ")
+    assert "room" in last
+    assert "Traceback" not in full.stderr
+    again = gapprobe("study", "capture", config, "--out", "out", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert gapprobe("store", "verify", "out", cwd=tmp_path).returncode == 0
