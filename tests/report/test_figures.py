@@ -1,8 +1,9 @@
 """The figures draw results.json's numbers as they are, and leave holes where there is no number."""
 
 import pytest
-from gapprobe.report import drawing, figures, series
 from report import synthetic
+
+from gapprobe.report import drawing, figures, series
 
 
 @pytest.fixture
@@ -42,8 +43,8 @@ def test_layer_figures_draw_the_lists_and_their_bands(family):
     wanted = {
         "lens": {"text only": lens["text"], "visual": lens["visual"], "visual · right": lens["visual_success"],
                  "visual · wrong": lens["visual_failure"]},
-        "probe": {"probe": probe["image"]["auc"], "question only": probe["controls"]["question_only"]["auc"],
-                  "layer 0": probe["controls"]["layer_0"]["auc"], "shuffled labels": probe["controls"]["shuffled"]["auc"]},
+        "probe": {"probe": probe["image"]["auc"], 
+                  **{name: probe["controls"][key]["auc"] for key, name in series.CONTROLS.items()}},
         "splits": {name: probe[key]["auc"] for key, name in series.SPLITS.items()},
         "cosine": {key: cosine[key] for key in ("success", "failure")},
         "centred": {key: cosine["centred"][key] for key in ("success", "failure")},
@@ -70,10 +71,8 @@ def test_variants_relations_and_curves_draw_their_numbers(family):
     for key, name in series.METHODS.items():
         method = family["selective"][key]
         assert [list(curves[name].x), list(curves[name].y)] == [method["curve"]["coverage"], method["curve"]["risk"]]
-        assert (curves[f"{name} · threshold"].x[0], curves[f"{name} · threshold"].y[0]) == (
-            method["coverage"],
-            method["risk"],
-        )
+        dot = curves[f"{name} · threshold"]
+        assert (dot.x[0], dot.y[0]) == (method["coverage"], method["risk"])
 
 
 def test_null_leaves_a_hole_and_is_never_zero(nulls):

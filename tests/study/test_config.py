@@ -49,7 +49,7 @@ def test_a_missing_setting_and_a_missing_file_are_named(tmp_path) -> None:
         load_config(tmp_path / "c.toml")
 
 
-def test_only_what_the_model_is_asked_tells_output_folders_apart(tmp_path) -> None:
+def test_only_what_the_model_is_asked_tells_output_folders_apart() -> None:
     config = load_config(FOLDER / "llava.toml")
     assert config.model_copy(update={"judge": "published", "title": "x"}).asked == config.asked
     for change in ({"seed": 1}, {"max_new_tokens": 3}, {"trivial_images": ("black",)}, {"model": "m"}):

@@ -42,7 +42,13 @@ def style(figure: go.Figure, height: int, index: tuple[str, str], **margin: int)
         dragmode=False,
         hoverlabel={"font": {"size": 12, "color": _INK}, "bgcolor": "#ffffff", "bordercolor": "#c3c9cf"},
     )
-    axis = {"fixedrange": True, "gridcolor": GRID, "zeroline": False, "ticks": "", "title": {"font": {"size": 12.5}}}
+    axis: dict[str, Any] = {
+        "fixedrange": True,
+        "gridcolor": GRID,
+        "zeroline": False,
+        "ticks": "",
+        "title": {"font": {"size": 12.5}},
+    }
     figure.update_xaxes(**axis, showline=True, linecolor=GREY, title_standoff=6)
     figure.update_yaxes(**axis, title_standoff=8)
 
@@ -97,7 +103,8 @@ def bands(series: Series) -> list[go.Scatter]:
 
 def label_lines(figure: go.Figure, lines: Sequence[Series], span: Span) -> None:
     """Name each line at its right end, in ink beside a swatch, moved apart where two would touch."""
-    plot = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
+    layout: Any = figure.layout
+    plot = layout.height - layout.margin.t - layout.margin.b
     last = [next(y for y in reversed(series.y) if y is not None) for series in lines]
     heights = spread([(y - span[0]) / (span[1] - span[0]) for y in last], _LINE_HEIGHT / plot)
     for series, height in zip(lines, heights, strict=True):
@@ -148,14 +155,15 @@ def table(figure: go.Figure) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the numbers that a figure draws, as text."""
     columns = {name: dict(cells) for name, cells in _named(figure)}
     places = dict.fromkeys(place for cells in columns.values() for place in cells)
-    order = sorted(places) if figure.layout.meta["index"] == "x" else list(places)
+    meta = _meta(figure)
+    order = sorted(places) if meta["index"] == "x" else list(places)
     rows = [[html.unescape(str(at)), *(cells.get(at, "not computed") for cells in columns.values())] for at in order]
-    return [figure.layout.meta["title"], *columns], rows
+    return [meta["title"], *columns], rows
 
 
 def describe(figure: go.Figure) -> str:
     """Return the figure in a sentence for each line (where it starts and ends) or each kind of mark."""
-    meta, sentences = figure.layout.meta, list[str]()
+    meta, sentences = _meta(figure), list[str]()
     for name, cells in _named(figure):
         if meta["index"] == "x" and len(cells) > 1:
             known = [f"{text} at {meta['title']} {place}" for place, text in cells if text != "not computed"]
@@ -168,9 +176,14 @@ def describe(figure: go.Figure) -> str:
 
 def _named(figure: go.Figure) -> list[tuple[str, list[tuple[Any, str]]]]:
     """Return each trace that has a name (bands have none) with its places and their texts."""
-    index = figure.layout.meta["index"]
+    index = _meta(figure)["index"]
     return [
         (f"{trace.name}, {trace.meta}" if trace.meta else trace.name, list(zip(trace[index], trace.text, strict=True)))
         for trace in figure.data
         if trace.name
     ]
+
+
+def _meta(figure: go.Figure) -> dict[str, str]:
+    layout: Any = figure.layout
+    return layout.meta

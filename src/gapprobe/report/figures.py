@@ -6,6 +6,7 @@ Every drawn number stands in results.json as it is; a value that is null there l
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -26,6 +27,8 @@ def gap_bars(family: Family) -> go.Figure | None:
     figure = make_subplots(
         rows=2, shared_xaxes=True, vertical_spacing=0.16, row_heights=[2.4, 5], subplot_titles=list(groups)
     )
+    layout: Any = figure.layout
+    titles = layout.annotations
     for row, (name, (cells, opacity)) in enumerate(groups.items(), start=1):
         known = {key: cell for key, cell in cells.items() if cell["accuracy"] is not None}
         values = [cell["accuracy"] for cell in known.values()]
@@ -44,7 +47,7 @@ def gap_bars(family: Family) -> go.Figure | None:
         figure.add_trace(bars, row=row, col=1)
         counts = sorted({cell["n"] for cell in known.values()})
         n = f"n = {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}" if counts else "no rows"
-        figure.layout.annotations[row - 1].update(text=f"<b>{name}</b>, {n}", x=0, xanchor="left", font={"size": 13})
+        titles[row - 1].update(text=f"<b>{name}</b>, {n}", x=0, xanchor="left", font={"size": 13})
         labels = [SETTINGS[key] for key in cells]
         figure.update_yaxes(type="category", categoryarray=labels, range=[len(labels) - 0.5, -0.5], row=row)
         for key, label in zip(cells, labels, strict=True):
@@ -111,9 +114,15 @@ def probability_variants(family: Family) -> go.Figure | None:
     if not names:
         return None
     rows = math.ceil(len(names) / 2)
-    spacing = {"horizontal_spacing": 0.06, "vertical_spacing": 0.24 / rows}
-    titles = [VARIANTS[name] for name in names]
-    figure = make_subplots(rows=rows, cols=2, shared_yaxes=True, shared_xaxes=True, subplot_titles=titles, **spacing)
+    figure = make_subplots(
+        rows=rows,
+        cols=2,
+        shared_xaxes=True,
+        shared_yaxes=True,
+        horizontal_spacing=0.06,
+        vertical_spacing=0.24 / rows,
+        subplot_titles=[VARIANTS[name] for name in names],
+    )
     for place, name in enumerate(names):
         for key, label, color, dash in (("text", "text only", BLUE, "solid"), ("visual", "visual", VERMILION, "dash")):
             drawn = Series(label, family["layers"], variants[name].get(key) or [], color, dash=dash)

@@ -26,7 +26,7 @@ from plotly.offline import get_plotlyjs
 from gapprobe import files
 from gapprobe.errors import DataError
 from gapprobe.report import drawing, figures, series
-from gapprobe.report.series import Family
+from gapprobe.report.series import Ends, Family, Number
 
 FAMILY_NAMES = {"llava": "LLaVA", "llava_next": "LLaVA-NeXT", "instructblip": "InstructBLIP"}
 TINY = 160  # pixels; a smaller image is enlarged with crisp pixels
@@ -59,15 +59,16 @@ def render_report(results: Mapping[str, Any]) -> str:
         (package / name).read_text(encoding="utf-8") for name in ("template.html", "style.css", "report.js")
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "number": series.number,
-        "percent": series.percent,
-        "interval": series.interval,
-        "percents": lambda ci: series.interval(ci, 100, 1),
-        "points": lambda value: series.number(None if value is None else 100 * value, 1),
-        "image": checked_image,
-        "pretty": lambda value: json.dumps(value, indent=1, ensure_ascii=False),
-    }
+    filters: dict[str, Callable[..., Any]] = environment.filters
+    filters.update(
+        number=series.number,
+        percent=series.percent,
+        interval=series.interval,
+        percents=_percents,
+        points=_points,
+        image=checked_image,
+        pretty=_pretty,
+    )
     families: Mapping[str, Family] = results["families"]
     scripts = {"plotly": get_plotlyjs(), "report": script}
     return environment.from_string(template).render(
@@ -83,8 +84,9 @@ def render_report(results: Mapping[str, Any]) -> str:
 
 def family_name(name: str, family: Family) -> str:
     """Return how a study is called in the report: its name, and its model's family where the name does not say it."""
-    known = FAMILY_NAMES.get(family["model"]["family"], family["model"]["family"])
-    return known if name == family["model"]["family"] else f"{name} ({known})"
+    kind = str(family["model"]["family"])
+    known = FAMILY_NAMES.get(kind, kind)
+    return known if name == kind else f"{name} ({known})"
 
 
 def checked_image(uri: str) -> dict[str, Any] | None:
@@ -97,6 +99,18 @@ def checked_image(uri: str) -> dict[str, Any] | None:
             return {"uri": uri, "tiny": max(image.size) < TINY}
     except (binascii.Error, OSError, Image.DecompressionBombError):
         return None
+
+
+def _percents(ci: Ends) -> str:
+    return series.interval(ci, 100, 1)
+
+
+def _points(share: Number | None) -> str:
+    return series.number(None if share is None else 100 * share, 1)
+
+
+def _pretty(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 def _panels(families: Mapping[str, Family]) -> dict[str, list[dict[str, Any]]]:
@@ -128,7 +142,7 @@ def _panel(name: str, figure: Any) -> dict[str, Any]:
     if figure is None:
         return {"id": name, "json": None}
     header, rows = drawing.table(figure)
-    text: str = plotly.io.to_json(figure, engine="json", pretty=False)
+    text = str(plotly.io.to_json(figure, engine="json", pretty=False))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return {

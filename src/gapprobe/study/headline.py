@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+CONTROLS = {
+    "shuffled": "shuffled labels",
+    "question_only": "a predictor that sees only the question",
+    "layer_0": "the embeddings",
+}
+
 
 def headline(families: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return one sentence on the gap of each study and one on its probe.
+    """Return a sentence on the gap of each study and one on its failure probe under the first split.
 
     Args:
         families: the `families` part of results.json.
@@ -20,26 +26,28 @@ def _gap(name: str, family: Mapping[str, Any]) -> str:
     if not n:
         return f"{name}: no trial counts, so there is no gap to measure."
     told, shown = family["settings"]["text_only"]["accuracy"], family["settings"]["visual"]["accuracy"]
-    gap = family["gap"]["absolute"]
-    if gap["ci"][0] > 0:
-        finding = f"a gap of {_points(gap)}"
-    elif gap["ci"][1] < 0:
-        finding = f"no gap but the reverse, {_points(gap)}"
+    low, high = family["gap"]["absolute"]["ci"]
+    points = f"{100 * family['gap']['absolute']['value']:.0f} points [{100 * low:.0f}, {100 * high:.0f}]"
+    if low > 0:
+        finding = f"a gap of {points}"
+    elif high < 0:
+        finding = f"no gap but the reverse, {points}"
     else:
-        finding = f"no gap beyond chance ({_points(gap)})"
+        finding = f"no gap beyond chance, {points}"
     return (
-        f"{name} answers {told:.0%} of {n:,} questions about an object that is named, and {shown:.0%} when it is only "
-        f"shown: {finding}."
+        f"{name} answers {told:.0%} of {n:,} questions when the object is named, and {shown:.0%} when it is only shown: "
+        f"{finding}."
     )
 
 
-def _points(gap: Mapping[str, Any]) -> str:
-    low, high = gap["ci"]
-    return f"{100 * gap['value']:.0f} points, 95 % interval {100 * low:.0f} to {100 * high:.0f}"
-
-
 def _probe(family: Mapping[str, Any]) -> str:
-    verdicts = family["probe"]["verdict"]
-    if not verdicts:
-        return family["probe"]["why_not"]
-    return next(iter(verdicts.values()))["sentence"]
+    verdict = next(iter(family["probe"]["verdict"].values()), None)
+    if verdict is None:
+        return str(family["probe"]["why_not"])
+    area = verdict["probe"]["auc"]
+    if verdict["control"] is None:
+        return f"Its failure probe has an AUC of {area:.2f}, and no control to compare it with."
+    against = f"{CONTROLS[verdict['control']]} ({verdict['control_auc']['auc']:.2f})"
+    if verdict["beats"]:
+        return f"Its failure probe (AUC {area:.2f}) beats its best control, {against}."
+    return f"Its failure probe (AUC {area:.2f}) does not beat its best control, {against}."

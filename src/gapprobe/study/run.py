@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import gapprobe
 from gapprobe.errors import ConfigError
 from gapprobe.files import write_json
 from gapprobe.study import analysis
@@ -161,7 +160,12 @@ class Study:
 
     def _once(self, name: str, compute: Callable[[], Json]) -> Json:
         store = self.capture()
-        parts = (gapprobe.__version__, self.fingerprint, self.config.model_dump_json(), store.header.fingerprint)
+        parts = (
+            importlib.metadata.version("gapprobe"),
+            self.fingerprint,
+            self.config.model_dump_json(),
+            store.header.fingerprint,
+        )
         return self._steps.once(name, key_of(*parts), compute)
 
     def results(self) -> Json:
@@ -271,5 +275,5 @@ def run_studies(configs: Sequence[StudyConfig], out: Path | str, *, progress: bo
 
 def versions() -> dict[str, str]:
     """Return the versions of gapprobe and of the packages that its numbers depend on."""
-    packages = ("torch", "transformers", "nnsight", "safetensors", "numpy", "scikit-learn", "pandas")
-    return {"gapprobe": gapprobe.__version__, **{p: importlib.metadata.version(p) for p in packages}}
+    packages = ("gapprobe", "torch", "transformers", "nnsight", "safetensors", "numpy", "scipy", "pandas")
+    return {package: importlib.metadata.version(package) for package in packages}

@@ -1,0 +1,46 @@
+import pytest
+
+from gapprobe.study.headline import headline
+
+
+def family(
+    low: float = 0.2, high: float = 0.4, *, beats: bool = False, control: str | None = "question_only", n: int = 300
+) -> dict:
+    return {
+        "counted": {"n": n},
+        "settings": {"text_only": {"accuracy": 0.98}, "visual": {"accuracy": 0.68}},
+        "gap": {"absolute": {"value": (low + high) / 2, "ci": [low, high]}},
+        "probe": {
+            "why_not": "No probe was fitted: too few.",
+            "verdict": {
+                "image": {
+                    "probe": {"auc": 0.81},
+                    "control": control,
+                    "control_auc": control and {"auc": 0.79},
+                    "beats": beats,
+                }
+            },
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(0.2, 0.4, "a gap of 30 points [20, 40]"), (-0.1, 0.3, "no gap beyond chance"), (-0.4, -0.2, "the reverse, -30")],
+)
+def test_the_gap_is_called_a_gap_only_beyond_its_interval(low: float, high: float, words: str) -> None:
+    assert words in headline({"m": family(low, high)})
+
+
+def test_the_probe_is_said_to_beat_its_control_only_when_it_does() -> None:
+    assert "does not beat its best control, a predictor that sees only the question (0.79)" in headline({"m": family()})
+    assert "(AUC 0.81) beats its best control" in headline({"m": family(beats=True)})
+    assert "no control to compare" in headline({"m": family(control=None)})
+
+
+def test_a_study_without_numbers_says_so() -> None:
+    empty = family(n=0)
+    empty["probe"]["verdict"] = {}
+    assert headline({"m": empty}) == (
+        "m: no trial counts, so there is no gap to measure. No probe was fitted: too few."
+    )
