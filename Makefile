@@ -35,7 +35,7 @@ browser: $(VENV)/.dev ## a Chromium for the tests of the report, if there is non
 bench: $(VENV)/.dev ## timings of the demo's steps, as JSON (python -m benchmarks.demo)
 	$(BIN)/python -m benchmarks.demo
 
-seeds: $(VENV)/.dev ## train both demo models again, three seeds each, and rewrite the table of seeds (about an hour)
+seeds: $(VENV)/.dev ## train both demo models again, three seeds each (about an hour; examples/digits/README.md)
 	$(BIN)/python -m examples.digits.train
 
 wheel: $(VENV)/.dev ## build the wheel into dist/

@@ -28,7 +28,10 @@ def test_gap_bars_are_the_accuracies_with_their_intervals(family):
     for trace, cells in ((counting, [family["settings"][key] for key in settings]), (every, family["raw"].values())):
         for value, up, down, cell in zip(trace.x, trace.error_x.array, trace.error_x.arrayminus, cells, strict=True):
             assert [value - down, value + up] == pytest.approx(cell["ci"])
-    assert "n = 948" in figures.gap_bars(family).layout.annotations[0].text
+    titles = [
+        text.text for text in figures.gap_bars(family).layout.annotations if "<b>" in text.text and "n =" in text.text
+    ]
+    assert titles == ["<b>rows that count</b>, n = 948", "<b>all trials</b>, n = 1120"]
 
 
 def test_layer_figures_draw_the_lists_and_their_bands(family):
@@ -81,6 +84,7 @@ def test_null_leaves_a_hole_and_is_never_zero(nulls):
     assert list(traces(figures.probability_by_layer(nulls))) == ["text only", "visual", "visual · right"]
     figure = figures.splits_by_layer(nulls)
     assert traces(figure)["by entity"].y[2] is None
+    assert not traces(figure)["by entity"].connectgaps
     assert len([trace for trace in figure.data if trace.fill == "toself"]) == 3  # two beside the hole, one unbroken
     bars = figures.gap_bars(nulls)
     assert not len(bars.data[0].x)

@@ -165,6 +165,12 @@ def test_same_results_give_the_same_bytes_below_7_megabytes(tmp_path):
     assert first.read_bytes().count(b"plotly.js v") == 1
 
 
+def test_no_figure_can_end_the_script_element_it_stands_in():
+    blocks = re.findall(r"data-figure=\"[^\"]+\">(.*?)</script>", render_report(synthetic.hostile()), flags=re.DOTALL)
+    assert len(blocks) == 18
+    assert [block for block in blocks if re.search("[<>&\u2028]", block)] == []
+
+
 def test_page_asks_for_nothing_from_outside():
     text = render_report(synthetic.results())
     without_plotly = text[: text.index("plotly.js v")]

@@ -29,18 +29,24 @@ def style(figure: go.Figure, height: int, index: tuple[str, str], **margin: int)
         index: the axis ("x" or "y") that names the rows of the figure's table, and what it names.
         margin: of `l`, `r`, `t`, `b`, in pixels.
     """
+    font = {"family": _FONT, "size": 12.5, "color": _INK}
     figure.update_layout(
         template=None,
         height=height,
         showlegend=False,
         meta={"index": index[0], "title": index[1]},
         margin={"l": 62, "r": 24, "t": 14, "b": 46, "pad": 0} | margin,
-        font={"family": _FONT, "size": 12.5, "color": _INK},
+        font=font,
         paper_bgcolor=_CLEAR,
         plot_bgcolor=_CLEAR,
         hovermode="x unified" if index == ("x", "layer") else "closest",
         dragmode=False,
-        hoverlabel={"font": {"size": 12, "color": _INK}, "bgcolor": "#ffffff", "bordercolor": "#c3c9cf"},
+        modebar={"bgcolor": _CLEAR, "color": GREY},
+        hoverlabel={
+            "font": {"size": 12, "color": _INK, "family": _FONT},
+            "bgcolor": "#ffffff",
+            "bordercolor": "#c3c9cf",
+        },
     )
     axis: dict[str, Any] = {
         "fixedrange": True,
@@ -73,7 +79,6 @@ def line(series: Series, **settings: Any) -> go.Scatter:
         marker={"size": 5.5},
         text=[f"{number(y)} {interval(ci)}".rstrip() for y, ci in zip(series.y, intervals, strict=True)],
         hovertemplate="%{text}",
-        connectgaps=False,
         cliponaxis=False,
     ).update(settings)
 

@@ -6,7 +6,6 @@ Every drawn number stands in results.json as it is; a value that is null there l
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -27,8 +26,6 @@ def gap_bars(family: Family) -> go.Figure | None:
     figure = make_subplots(
         rows=2, shared_xaxes=True, vertical_spacing=0.16, row_heights=[2.4, 5], subplot_titles=list(groups)
     )
-    layout: Any = figure.layout
-    titles = layout.annotations
     for row, (name, (cells, opacity)) in enumerate(groups.items(), start=1):
         known = {key: cell for key, cell in cells.items() if cell["accuracy"] is not None}
         values = [cell["accuracy"] for cell in known.values()]
@@ -47,7 +44,8 @@ def gap_bars(family: Family) -> go.Figure | None:
         figure.add_trace(bars, row=row, col=1)
         counts = sorted({cell["n"] for cell in known.values()})
         n = f"n = {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}" if counts else "no rows"
-        titles[row - 1].update(text=f"<b>{name}</b>, {n}", x=0, xanchor="left", font={"size": 13})
+        title = {"text": f"<b>{name}</b>, {n}", "x": 0, "xanchor": "left", "font": {"size": 13}}
+        figure.update_annotations(title, selector={"text": name})
         labels = [SETTINGS[key] for key in cells]
         figure.update_yaxes(type="category", categoryarray=labels, range=[len(labels) - 0.5, -0.5], row=row)
         for key, label in zip(cells, labels, strict=True):
