@@ -27,7 +27,7 @@ layers: $(VENV)/.dev ## import-linter: a floor imports only what lies below
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.dev browser ## pytest, on all cores
-	$(BIN)/pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
 
 browser: $(VENV)/.dev ## a Chromium for the tests of the report, if there is none
 	$(BIN)/python tests/browser.py --install

@@ -42,21 +42,12 @@ def style(figure: go.Figure, height: int, index: tuple[str, str], **margin: int)
         hovermode="x unified" if index == ("x", "layer") else "closest",
         dragmode=False,
         modebar={"bgcolor": _CLEAR, "color": GREY},
-        hoverlabel={
-            "font": {"size": 12, "color": _INK, "family": _FONT},
-            "bgcolor": "#ffffff",
-            "bordercolor": "#c3c9cf",
-        },
+        hoverdistance=60,
+        hoverlabel={"font": font | {"size": 12}, "bgcolor": "#ffffff", "bordercolor": "#c3c9cf"},
     )
-    axis: dict[str, Any] = {
-        "fixedrange": True,
-        "gridcolor": GRID,
-        "zeroline": False,
-        "ticks": "",
-        "title": {"font": {"size": 12.5}},
-    }
-    figure.update_xaxes(**axis, showline=True, linecolor=GREY, title_standoff=6)
-    figure.update_yaxes(**axis, title_standoff=8)
+    axes: dict[str, Any] = {"fixedrange": True, "gridcolor": GRID, "zeroline": False, "title_font_size": 12.5}
+    figure.update_xaxes(**axes, showline=True, linecolor=GREY, title_standoff=6)
+    figure.update_yaxes(**axes, title_standoff=8)
 
 
 def layer_ticks(layers: Sequence[Number], most: int) -> dict[str, Any]:

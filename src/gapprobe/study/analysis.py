@@ -6,7 +6,7 @@ The mathematics is in `probes`, `lens`, `similarity`, `selective` and `stats`; h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,6 @@ CURVE_POINTS = 200
 
 if TYPE_CHECKING:
     from gapprobe.models.model import Model
-    from gapprobe.probes.sweep import Control
     from gapprobe.probes.verdict import Verdict
     from gapprobe.store.reader import Store
 
@@ -68,7 +67,7 @@ def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: b
             splits={name: None if name == "random" else rows[name] for name in settings.splits},
             questions=rows[["relation", "entity"]],
             clusters=(rows["question"], rows["image"]),
-            controls=cast("tuple[Control, ...]", settings.controls),
+            controls=settings.controls,
             folds=settings.folds,
             c=settings.c,
             seed=config.seed,

@@ -35,8 +35,8 @@ def _gap(name: str, family: Mapping[str, Any]) -> str:
     else:
         finding = f"no gap beyond chance, {points}"
     return (
-        f"{name} answers {told:.0%} of {n:,} questions when the object is named, and {shown:.0%} when it is only shown: "
-        f"{finding}."
+        f"{name} answers {told:.0%} of {n:,} questions when the object is named, and {shown:.0%} when it is only "
+        f"shown: {finding}."
     )
 
 
