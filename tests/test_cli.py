@@ -152,7 +152,7 @@ def test_a_full_disk_is_said_in_one_line_and_the_same_command_goes_on(config: Pa
     last = full.stderr.strip().splitlines()[-1]
     assert full.returncode == 1
     assert last.startswith("gapprobe: ")
-    assert "room" in last
+    assert "free some space, or choose another folder) and run the same again" in last
     assert "Traceback" not in full.stderr
     again = gapprobe("study", "capture", config, "--out", "out", cwd=tmp_path)
     assert again.returncode == 0, again.stderr

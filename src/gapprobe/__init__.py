@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gapprobe.capture.run import capture as capture
     from gapprobe.errors import ConfigError as ConfigError
     from gapprobe.errors import DataError as DataError
     from gapprobe.errors import GapprobeError as GapprobeError
@@ -33,11 +32,12 @@ if TYPE_CHECKING:
     from gapprobe.tasks.images import load_images as load_images
     from gapprobe.tasks.prompts import load_template as load_template
     from gapprobe.tasks.questions import load_questions as load_questions
+    from gapprobe.tracing.run import capture as capture
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "capture": "gapprobe.capture.run",
+    "capture": "gapprobe.tracing.run",
     "ConfigError": "gapprobe.errors",
     "DataError": "gapprobe.errors",
     "GapprobeError": "gapprobe.errors",

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from planted import planted
 
 from gapprobe import stats
 from gapprobe.probes.controls import question_scores, shuffled_targets
 from gapprobe.probes.splits import nested_folds
+from tests.probes.planted import planted
 
 
 def area_of_question_only(rows, split, seed=0):

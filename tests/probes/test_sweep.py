@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import planted
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -16,6 +15,7 @@ from gapprobe.errors import DataError
 from gapprobe.kernels import logistic
 from gapprobe.probes.plan import Problems, choose_layers
 from gapprobe.probes.sweep import sweep_layers, sweep_probes
+from tests.probes.planted import planted
 
 
 def swept(rows, x, **options):

@@ -1,9 +1,9 @@
 """The figures draw results.json's numbers as they are, and leave holes where there is no number."""
 
 import pytest
-from report import synthetic
 
 from gapprobe.report import drawing, figures, series
+from tests.report import synthetic
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ import re
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from browser import find_browser
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from report import synthetic
 
 from gapprobe.errors import DataError, OutputError
-from gapprobe.report import page
 from gapprobe.report.page import checked_image, render_report, write_report
+from tests.browser import find_browser
+from tests.report import synthetic
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 ALL_DRAWN = "[...document.querySelectorAll('.drawing')].every((place) => place.dataset.drawn === 'yes')"
@@ -208,9 +207,3 @@ def test_only_real_png_and_jpeg_are_shown():
     for uri in (*(f"data:{kind};base64,AAAA" for kind in kinds), "x.png", ""):
         assert checked_image(uri) is None
     assert checked_image(synthetic.digit_image(1) + '" onload="x') is None
-
-
-def test_a_family_is_named_as_people_spell_it():
-    assert page.family_name("llava", {"model": {"family": "llava"}}) == "LLaVA"
-    assert page.family_name("digits", {"model": {"family": "instructblip"}}) == "digits (InstructBLIP)"
-    assert page.family_name("new", {"model": {"family": "new"}}) == "new"

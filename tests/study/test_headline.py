@@ -1,12 +1,13 @@
 import pytest
 
-from gapprobe.study.headline import headline
+from gapprobe.study.headline import family_name, headline
 
 
 def family(
     low: float = 0.2, high: float = 0.4, *, beats: bool = False, control: str | None = "question_only", n: int = 300
 ) -> dict:
     return {
+        "model": {"family": "m"},
         "counted": {"n": n},
         "settings": {"text_only": {"accuracy": 0.98}, "visual": {"accuracy": 0.68}},
         "gap": {"absolute": {"value": (low + high) / 2, "ci": [low, high]}},
@@ -44,3 +45,9 @@ def test_a_study_without_numbers_says_so() -> None:
     assert headline({"m": empty}) == (
         "m: no trial counts, so there is no gap to measure. No probe was fitted: too few."
     )
+
+
+def test_a_study_is_called_by_its_model_where_its_name_says_nothing_more() -> None:
+    assert family_name("llava", {"model": {"family": "llava"}}) == "LLaVA"
+    assert family_name("digits", {"model": {"family": "instructblip"}}) == "digits (InstructBLIP)"
+    assert family_name("new", {"model": {"family": "new"}}) == "new"

@@ -153,7 +153,7 @@ def cosine_by_layer(family: Family, span: Span | None = None) -> go.Figure | Non
 
 
 def centred_cosine_by_layer(family: Family, span: Span | None = None) -> go.Figure | None:
-    """The same after the mean state of each setting and layer was taken away: what all trials share is gone."""
+    """The same after the mean of all states compared at a layer was taken away: what all trials share is gone."""
     return _over_layers(series.centred_cosine(family), "cosine similarity, centred", span)
 
 

@@ -27,8 +27,8 @@ from gapprobe import files
 from gapprobe.errors import DataError
 from gapprobe.report import drawing, figures, series
 from gapprobe.report.series import Ends, Family, Number
+from gapprobe.study.headline import family_name
 
-FAMILY_NAMES = {"llava": "LLaVA", "llava_next": "LLaVA-NeXT", "instructblip": "InstructBLIP"}
 TINY = 160  # pixels; a smaller image is enlarged with crisp pixels
 _DATA_URI = re.compile(r"data:image/(png|jpeg);base64,([A-Za-z0-9+/]+={0,2})")
 
@@ -80,13 +80,6 @@ def render_report(results: Mapping[str, Any]) -> str:
         scripts={name: Markup(text) for name, text in scripts.items()},
         hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in scripts.values()),
     )
-
-
-def family_name(name: str, family: Family) -> str:
-    """Return how a study is called in the report: its name, and its model's family where the name does not say it."""
-    kind = str(family["model"]["family"])
-    known = FAMILY_NAMES.get(kind, kind)
-    return known if name == kind else f"{name} ({known})"
 
 
 def checked_image(uri: str) -> dict[str, Any] | None:

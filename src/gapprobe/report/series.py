@@ -120,7 +120,7 @@ def cosine(family: Family) -> list[Series]:
 
 
 def centred_cosine(family: Family) -> list[Series]:
-    """The same after the mean state of each setting and layer was taken away."""
+    """The same after the mean of all states compared at that layer was taken away."""
     return _outcomes(family, family["cosine"].get("centred") or {})
 
 

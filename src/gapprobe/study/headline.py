@@ -10,6 +10,14 @@ CONTROLS = {
     "question_only": "a predictor that sees only the question",
     "layer_0": "the embeddings",
 }
+FAMILY_NAMES = {"llava": "LLaVA", "llava_next": "LLaVA-NeXT", "instructblip": "InstructBLIP"}
+
+
+def family_name(name: str, family: Mapping[str, Any]) -> str:
+    """Return how a study is called in the report: its name, and its model's family where the name does not say it."""
+    kind = str(family["model"]["family"])
+    known = FAMILY_NAMES.get(kind, kind)
+    return known if name == kind else f"{name} ({known})"
 
 
 def headline(families: Mapping[str, Mapping[str, Any]]) -> str:
@@ -18,7 +26,7 @@ def headline(families: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         families: the `families` part of results.json.
     """
-    return " ".join(f"{_gap(name, family)} {_probe(family)}" for name, family in families.items())
+    return " ".join(f"{_gap(family_name(name, family), family)} {_probe(family)}" for name, family in families.items())
 
 
 def _gap(name: str, family: Mapping[str, Any]) -> str:

@@ -96,7 +96,7 @@ class Study:
 
     @cached_property
     def _store(self) -> Store:
-        from gapprobe.capture.run import capture
+        from gapprobe.tracing.run import capture
 
         self.claim()
         start = time.perf_counter()
@@ -121,8 +121,8 @@ class Study:
 
     @cached_property
     def _ids(self) -> dict[Call, str]:
-        from gapprobe.capture.plan import row_ids
-        from gapprobe.capture.run import generation_settings
+        from gapprobe.tracing.plan import row_ids
+        from gapprobe.tracing.run import generation_settings
 
         generation = generation_settings(self.config.max_new_tokens, self.template.stop)
         return dict(zip(self._calls, row_ids(list(self._calls.values()), POSITIONS, generation), strict=True))

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from gapprobe.capture.plan import DiskNeed, batches, row_id, row_ids
-from gapprobe.capture.run import POSITIONS, generation_settings
 from gapprobe.errors import OutputError
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageFile, TrivialImage
+from gapprobe.tracing.plan import DiskNeed, batches, row_id, row_ids
+from gapprobe.tracing.run import POSITIONS, generation_settings
 from tests.models.tiny import image
 
 SETTINGS = generation_settings()

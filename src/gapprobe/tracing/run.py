@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gapprobe.capture.answers import Answer, generate
-from gapprobe.capture.plan import BYTES, DiskNeed, batches, row_ids
 from gapprobe.errors import ConfigError, DataError
 from gapprobe.models.check import check_model
 from gapprobe.models.model import Model, positions_of
@@ -27,6 +25,8 @@ from gapprobe.store.format import DTYPES, ROLES, StoredRow, StoreHeader, Value
 from gapprobe.store.reader import Store, open_store
 from gapprobe.store.writer import StoreWriter
 from gapprobe.tasks.examples import Example
+from gapprobe.tracing.answers import Answer, generate
+from gapprobe.tracing.plan import BYTES, DiskNeed, batches, row_ids
 
 # Positions by name, and the role of the token there.
 POSITIONS: Mapping[str, str] = {"last_input": "answer_cue", "last_output": "answer"}

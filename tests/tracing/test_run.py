@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-import gapprobe.capture.run as run_module
-from gapprobe.capture.plan import row_id
-from gapprobe.capture.run import POSITIONS, capture, generation_settings
+import gapprobe.tracing.run as run_module
 from gapprobe.errors import ConfigError, ModelError, OutputError, StoreError
 from gapprobe.models.model import Model
 from gapprobe.store.format import ROLES
@@ -16,6 +14,8 @@ from gapprobe.store.reader import Store, open_store
 from gapprobe.store.writer import StoreWriter
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageFile
+from gapprobe.tracing.plan import row_id
+from gapprobe.tracing.run import POSITIONS, capture, generation_settings
 from tests.models.tiny import KINDS, LAYERS, WIDTH, fresh, image, loaded
 
 BAD = [

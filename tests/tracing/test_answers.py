@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from gapprobe.capture.answers import cut, generate
+from gapprobe.tracing.answers import cut, generate
 from tests.models.tiny import KINDS, fresh, loaded, picture, tokenizer
 
 WORDS = tokenizer()
