@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.demo ## the grounding gap of two trained toy models, as a report (about 3 minutes; OUT=folder)
+demo: $(VENV)/.demo ## the grounding gap of two trained toy models, as a report (about a minute once installed; OUT=folder)
 	$(BIN)/gapprobe demo --out $(OUT)
 
 test: lint types layers unit ## everything that CI runs: lint, types, layers, tests

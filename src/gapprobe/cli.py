@@ -38,7 +38,7 @@ store = SubcommandApp()
 def demo(
     out: Annotated[Path | None, tyro.conf.arg(help="output folder; gapprobe-demo if not given", metavar="DIR")] = None,
     family: Annotated[Family, tyro.conf.arg(help="which of the shipped models to study")] = "both",
-    quick: Annotated[bool, tyro.conf.arg(help="fewer images a question: about a minute, wider intervals")] = False,
+    quick: Annotated[bool, tyro.conf.arg(help="fewer images a question: half a minute, wider intervals")] = False,
 ) -> None:
     """Study the grounding gap of the two shipped toy models, on real images of digits.
 

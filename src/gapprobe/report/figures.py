@@ -108,7 +108,11 @@ def probability_by_layer(family: Family) -> go.Figure | None:
 def probability_variants(family: Family) -> go.Figure | None:
     """The four conventions of the logit lens side by side: final norm or none, gold or generated token."""
     variants = {key: (family["lens"].get("variants") or {}).get(key) or {} for key in VARIANTS}
-    names = [key for key, cells in variants.items() if any(Series("", (), ys, "").known for ys in cells.values())]
+    names = [
+        key
+        for key, cells in variants.items()
+        if any(Series("", (), cells.get(setting) or [], "").known for setting in ("text", "visual"))
+    ]
     if not names:
         return None
     rows = math.ceil(len(names) / 2)

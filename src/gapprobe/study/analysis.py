@@ -173,7 +173,7 @@ def lens(store: Store, outcomes: pd.DataFrame, model: Model, config: StudyConfig
         "convention": "final norm at every layer, first token of the gold answer, at the last input token",
         **_parallel(series),
         "variants": {
-            name: {setting: [number(e.value) for e in layer_means(p, weights)] for setting, p in parts.items()}
+            name: _parallel({setting: layer_means(p, weights) for setting, p in parts.items()})
             for name, parts in conventions.items()
         },
     }

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from gapprobe.stats import Estimate, crossed_weights, estimate, mean, weighted_mean
 from gapprobe.study.outcomes import REASONS, counted, right, runnable
-from gapprobe.study.results import Json, measured
+from gapprobe.study.results import Json, interval, measured
 from gapprobe.tasks.settings import SETTINGS
 
 
@@ -63,9 +63,6 @@ def _by_relation(trials: pd.DataFrame, replicates: int, seed: int) -> list[Json]
     for relation, group in trials.groupby("relation", sort=True):
         weights = weights_for(group, replicates, seed)
         visual, text = mean(right(group, "visual"), weights), mean(right(group, "text_only"), weights)
-        rows.append({"relation": relation, "text_only": text.value, "visual": visual.value, **_n_ci(visual)})
+        ends = {"ci": interval(visual), "text_only_ci": interval(text)}
+        rows.append({"relation": relation, "text_only": text.value, "visual": visual.value, "n": visual.n, **ends})
     return rows
-
-
-def _n_ci(value: Estimate) -> Json:
-    return {key: part for key, part in measured(value).items() if key != "value"}

@@ -109,6 +109,7 @@ class Study:
             batch_size=self.config.batch_size,
             max_new_tokens=self.config.max_new_tokens,
             stop=self.template.stop,
+            dtype=str(self.model.hf.dtype).removeprefix("torch."),
             progress=self.progress,
         )
         self._steps.seconds["capture"] = round(time.perf_counter() - start, 3)
@@ -262,7 +263,7 @@ def run_studies(configs: Sequence[StudyConfig], out: Path | str, *, progress: bo
         "study": {"title": configs[0].title, "note": configs[0].note, "names": names},
         "families": families,
         "versions": versions(),
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"cpu": processor_name(), "cores": os.cpu_count()},
         "steps": [
             {"family": study.config.name, "step": step, "seconds": seconds}
             for study in studies
@@ -271,6 +272,16 @@ def run_studies(configs: Sequence[StudyConfig], out: Path | str, *, progress: bo
     }
     write_json(out / "results.json", results)
     return results
+
+
+def processor_name() -> str:
+    """Return the processor's model where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
 
 
 def versions() -> dict[str, str]:
