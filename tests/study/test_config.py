@@ -26,6 +26,7 @@ def test_paths_are_read_from_the_folder_of_the_file_and_ids_stay_ids(tmp_path) -
         ('trivial_images = ["grey"]', r"trivial_images\.0"),
         ("trivial_images = []", "trivial_images"),
         ("layers = [-1]", "layers"),
+        ("layers = [4, 6]", "layers must hold 0 for the control layer_0"),
         ("[probe]\nc = 0", r"probe\.c: .*greater than 0"),
         ("[probe]\nfold = 3", r"probe\.fold is not a setting; the settings are c, "),
         ('[probe]\nsplits = ["digit"]', r"probe\.splits\.0"),

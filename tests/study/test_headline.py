@@ -41,7 +41,7 @@ def test_the_probe_is_said_to_beat_its_control_only_when_it_does() -> None:
 
 def test_a_study_without_numbers_says_so() -> None:
     empty = family(n=0)
-    empty["probe"]["verdict"] = {}
+    empty["probe"]["verdict"] = {"image": None}
     assert headline({"m": empty}) == (
         "m: no trial counts, so there is no gap to measure. No probe was fitted: too few."
     )

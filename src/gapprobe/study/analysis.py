@@ -41,50 +41,52 @@ def probe_rows(outcomes: pd.DataFrame, store: Store, config: StudyConfig) -> pd.
 
 
 def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: bool) -> Json:
-    """Sweep failure probes over layers and splits; `scores` keeps the nested probe's, for selective prediction."""
+    """Sweep failure probes over layers and splits; `scores` keeps the nested probe's, for selective prediction.
+
+    A study whose trials are all right, or too few for a split, still has a gap to report: what cannot be fitted is
+    null, with the reason in `why_not`.
+    """
     from gapprobe.probes.sweep import sweep_probes
 
     settings = config.probe
     rows = probe_rows(outcomes, store, config)
+    target = rows["visual"].astype(bool)
+    splits, refused = _cut(rows, config)
+    nothing: Json = {"auc": [None] * len(store.header.layers), "ci": [[None, None]] * len(store.header.layers)}
     described: Json = {
         "position": settings.position,
         "rows": settings.rows,
         "target": "visual answer right",
         "n": len(rows),
-        "positives": int(rows["visual"].sum()),
+        "positives": int(target.sum()),
         "folds": settings.folds,
-        "verdict": {},
-        "controls": {},
-        "controls_by_split": {},
-        "scores": None,
+        **{split: nothing | {"n": len(rows), "why_not": why} for split, why in refused.items()},
     }
-    try:
-        sweep = sweep_probes(
-            store,
-            rows["visual"].astype(bool),
-            position=settings.position,
-            layers=config.layers,
-            splits={name: None if name == "random" else rows[name] for name in settings.splits},
-            questions=rows[["relation", "entity"]],
-            clusters=(rows["question"], rows["image"]),
-            controls=settings.controls,
-            folds=settings.folds,
-            c=settings.c,
-            seed=config.seed,
-            replicates=settings.replicates,
-            progress=progress,
-        )
-    except DataError as error:
-        # A study whose trials are all right, or too few, still has a gap to report.
-        layers = store.header.layers
-        nothing: Json = {"auc": [None] * len(layers), "ci": [[None, None]] * len(layers), "n": len(rows)}
-        controls = {c: nothing for c in settings.controls}
-        return (
-            described
-            | dict.fromkeys(settings.splits, nothing)
-            | {"controls": controls, "controls_by_split": dict.fromkeys(settings.splits, controls)}
-            | {"why_not": f"No probe was fitted: {error}."}
-        )
+    if not splits:
+        why_not = f"No probe was fitted: {next(iter(refused.values()))}."
+        verdicts = dict.fromkeys(refused)
+        return described | {
+            "controls": {},
+            "controls_by_split": {},
+            "verdict": verdicts,
+            "why_not": why_not,
+            "scores": None,
+        }
+    sweep = sweep_probes(
+        store,
+        target,
+        position=settings.position,
+        layers=config.layers,
+        splits=splits,
+        questions=rows[["relation", "entity"]],
+        clusters=(rows["question"], rows["image"]),
+        controls=settings.controls,
+        folds=settings.folds,
+        c=settings.c,
+        seed=config.seed,
+        replicates=settings.replicates,
+        progress=progress,
+    )
     curves = {
         key: {
             "auc": [number(v) for v in part["auc"]],
@@ -93,22 +95,41 @@ def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: b
         }
         for key, part in sweep.table.groupby(["split", "kind"], sort=False)
     }
-    controls = {s: {c: curves[s, c] for c in settings.controls} for s in settings.splits}
-    first = settings.splits[0]
-    return (
-        described
-        | {split: curves[split, "probe"] for split in settings.splits}
-        | {
-            "controls": controls[first],
-            "controls_by_split": controls,
-            "verdict": {split: _verdict(sweep.verdict(split)) for split in settings.splits},
-            "scores": {
-                "split": first,
-                "probability": [float(p) for p in sweep.nested[first].probability],
-                "fold": [int(f) for f in sweep.folds[first].outer],
-            },
-        }
-    )
+    controls = {split: {control: curves[split, control] for control in settings.controls} for split in splits}
+    first = next(iter(splits))
+    return described | {
+        **{split: curves[split, "probe"] for split in splits},
+        "controls": controls[first],
+        "controls_by_split": controls,
+        "verdict": {s: _verdict(sweep.verdict(s)) if s in splits else None for s in settings.splits},
+        "scores": {
+            "split": first,
+            "probability": [float(p) for p in sweep.nested[first].probability],
+            "fold": [int(f) for f in sweep.folds[first].outer],
+        },
+    }
+
+
+def _cut(rows: pd.DataFrame, config: StudyConfig) -> tuple[dict[str, pd.Series[str] | None], dict[str, str]]:
+    """Return the groups of every split that these rows can be cut by, and why not for the others."""
+    from gapprobe.probes.splits import nested_folds
+
+    right = rows["visual"].to_numpy(dtype=bool)
+    splits: dict[str, pd.Series[str] | None] = {}
+    refused: dict[str, str] = {}
+    for name in config.probe.splits:
+        groups = None if name == "random" else rows[name]
+        try:
+            if right.all() or not right.any():
+                which = "right" if len(right) and right.all() else "wrong"
+                raise DataError(f"all {len(right)} visual answers are {which}" if len(right) else "no trial counts")
+            labels = None if groups is None else groups.to_numpy(dtype=str)
+            nested_folds(labels, right, folds=config.probe.folds, seed=config.seed, name=name)
+        except DataError as error:
+            refused[name] = str(error)
+        else:
+            splits[name] = groups
+    return splits, refused
 
 
 def _verdict(verdict: Verdict) -> Json:

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gapprobe.errors import ConfigError
 
@@ -101,6 +101,14 @@ class StudyConfig(BaseModel):
     probe: ProbeConfig = ProbeConfig()
 
     folder: Annotated[Path, Field(exclude=True)] = Path()
+
+    @model_validator(mode="after")
+    def _layer_of_the_control(self) -> StudyConfig:
+        if self.layers != "all" and 0 not in self.layers and "layer_0" in self.probe.controls:
+            raise ValueError(
+                "layers must hold 0 for the control layer_0; add it, or leave layer_0 out of probe.controls"
+            )
+        return self
 
     def path(self, value: str) -> Path:
         """Return `value` as a path, read from the folder of the configuration file."""

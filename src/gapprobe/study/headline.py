@@ -43,13 +43,13 @@ def _gap(name: str, family: Mapping[str, Any]) -> str:
     else:
         finding = f"no gap beyond chance, {points}"
     return (
-        f"{name} answers {told:.0%} of {n:,} questions when the object is named, and {shown:.0%} when it is only "
-        f"shown: {finding}."
+        f"{name} answers {told:.0%} right when the object is named, and {shown:.0%} when it is only shown ({n:,} "
+        f"trials): {finding}."
     )
 
 
 def _probe(family: Mapping[str, Any]) -> str:
-    verdict = next(iter(family["probe"]["verdict"].values()), None)
+    verdict = next((v for v in family["probe"]["verdict"].values() if v is not None), None)
     if verdict is None:
         return str(family["probe"]["why_not"])
     area = verdict["probe"]["auc"]
