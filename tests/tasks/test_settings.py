@@ -63,6 +63,17 @@ def test_an_unreadable_image_leaves_its_trial_without_trivial_calls() -> None:
             trial.image.load()
 
 
+def test_what_is_wrong_with_an_image_is_said_the_same_way_every_time() -> None:
+    def told(data: bytes) -> str:
+        with pytest.raises(DataError) as error:
+            ImageFile("x.png", data=data).load()
+        return str(error.value)
+
+    assert told(b"not an image") == told(b"not an image") == "image x.png is in no format that Pillow knows"
+    assert told(png(1)[:40]) == told(png(1)[:40])
+    assert told(b"") == "image x.png is empty (zero bytes)"
+
+
 def test_an_unknown_trivial_image_is_refused() -> None:
     with pytest.raises(ConfigError, match="'grey' is not known"):
         build_trials(QUESTIONS, image_set(), TEMPLATE, images_per_question=1, trivial=["grey"])

@@ -62,6 +62,9 @@ class ImageFile:
         content = self.read()
         try:
             return PIL.Image.open(io.BytesIO(content)).convert("RGB")
+        except PIL.UnidentifiedImageError as error:
+            # Pillow's own message holds a memory address, which would differ from run to run.
+            raise DataError(f"image {self.name} is in no format that Pillow knows") from error
         # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more on damaged files; whichever
         # it is, it says the same of the input.
         except Exception as error:
