@@ -220,11 +220,13 @@ def test_no_room_for_a_shard_is_an_output_error_and_costs_no_sealed_row(tmp_path
     assert holds(tmp_path / "s", [make_row(str(i), 4 if i < 3 else 400) for i in range(6)])
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="only root can make a small disk")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="no small disk: only root can mount one"
+)
 def test_a_disk_that_is_really_full(tmp_path):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True)
     if mounted.returncode:
-        pytest.skip("this container may not mount")
+        pytest.skip("no small disk to fill: this container may not mount one")
     try:
         rows = [make_row(str(i), 200) for i in range(100)]
         with pytest.raises(OutputError, match="the disk is full"):

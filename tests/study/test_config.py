@@ -21,6 +21,7 @@ def test_paths_are_read_from_the_folder_of_the_file_and_ids_stay_ids(tmp_path) -
     ("line", "message"),
     [
         ('nme = "x"', "nme is not a setting; the settings are batch_size"),
+        ("title = 3", "title: Input should be a valid string"),
         ("images_per_question = 0", "images_per_question: .*greater than or equal to 1"),
         ('judge = "kind"', "judge: .*'sound' or 'published'"),
         ('trivial_images = ["grey"]', r"trivial_images\.0"),
@@ -62,3 +63,10 @@ def test_the_shipped_configurations_are_valid(name: str) -> None:
     config = load_config(FOLDER / f"{name}.toml")
     assert isinstance(config, StudyConfig)
     assert config.name == name
+
+
+@pytest.mark.parametrize("name", ["../up", "/root", "a/b", "", ".hidden"])
+def test_a_name_that_leads_out_of_the_output_folder_is_refused(tmp_path, name: str) -> None:
+    (tmp_path / "c.toml").write_text(MINIMAL.replace('name = "n"', f'name = "{name}"'))
+    with pytest.raises(ConfigError, match="name: String should match pattern"):
+        load_config(tmp_path / "c.toml")

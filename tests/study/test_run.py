@@ -136,6 +136,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, moments: tuple[f
 def test_bad_images_are_counted_and_the_run_goes_on(tmp_path: Path) -> None:
     table = pq.read_table(FOLDER / "digits.parquet").to_pylist()
     kept = [row for digit in range(10) for row in [r for r in table if r["entity"] == NAMES[digit]][:2]]
+    whole = [row["image"]["bytes"] for row in kept]
     kept[0]["image"]["bytes"] = b""
     kept[2]["image"]["bytes"] = kept[2]["image"]["bytes"][:60]
     pq.write_table(pa.Table.from_pylist(kept), tmp_path / "images.parquet")
@@ -145,6 +146,13 @@ def test_bad_images_are_counted_and_the_run_goes_on(tmp_path: Path) -> None:
     assert kept[0]["image"]["path"] in rows["failures"][0]["error"] or kept[2]["image"]["path"] in str(rows["failures"])
     assert counts["excluded"]["could not be run"] > 0
     assert counts["n"] > 100
+
+    for row, image in zip(kept, whole, strict=True):
+        row["image"]["bytes"] = image
+    pq.write_table(pa.Table.from_pylist(kept), tmp_path / "images.parquet")
+    mended = run_studies([quick(images=str(tmp_path / "images.parquet"))], tmp_path / "out", progress=False)
+    assert mended["families"]["llava"]["rows"]["failed"] == 0
+    assert mended["families"]["llava"]["counted"]["excluded"]["could not be run"] == 0
 
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -73,7 +73,8 @@ class StudyConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(min_length=1)]
+    # It names folders in the output folder, and must not lead out of it.
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     model: Annotated[str, Field(min_length=1)]
     images: str
     questions: str

@@ -70,9 +70,12 @@ class Study:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of all that the model is asked: settings, questions, prompts, images."""
+        """Return a hash of what the model is asked: settings, questions and prompts.
+
+        Images are not part of it: one that is mended or added makes rows of its own in the same store.
+        """
         files = [self.config.path(p).read_bytes() for p in (self.config.questions, self.config.prompts)]
-        return key_of(self.config.asked, *(hashlib.sha256(f).hexdigest() for f in files), self.images.fingerprint)
+        return key_of(self.config.asked, *(hashlib.sha256(f).hexdigest() for f in files))
 
     @cached_property
     def model(self) -> Model:
@@ -164,6 +167,7 @@ class Study:
         parts = (
             importlib.metadata.version("gapprobe"),
             self.fingerprint,
+            self.images.fingerprint,
             self.config.model_dump_json(),
             store.header.fingerprint,
         )

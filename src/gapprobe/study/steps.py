@@ -67,7 +67,7 @@ def claim(out: Path, studies: dict[str, str]) -> None:
     for name, fingerprint in studies.items():
         if held.get(name, fingerprint) != fingerprint:
             raise OutputError(
-                f"output folder {out} holds another study called {name}: its model, data or prompts differ from this "
+                f"output folder {out} holds another study called {name}: its model, questions or prompts differ from this "
                 "one's. Choose another folder, or remove that one to start over"
             )
     if held | studies != held or not marker.exists():

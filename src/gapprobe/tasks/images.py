@@ -9,7 +9,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
@@ -109,9 +109,9 @@ class ImageSet:
         """Return the number of images."""
         return sum(len(images) for images in self.by_entity.values())
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of all names and contents, by which an output folder knows its data again."""
+        """Return a hash of all names and contents, by which kept results know their data again."""
         digest = hashlib.sha256()
         for entity, images in sorted(self.by_entity.items()):
             for image in images:
