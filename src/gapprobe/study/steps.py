@@ -67,8 +67,8 @@ def claim(out: Path, studies: dict[str, str]) -> None:
     for name, fingerprint in studies.items():
         if held.get(name, fingerprint) != fingerprint:
             raise OutputError(
-                f"output folder {out} holds another study called {name}: its model, questions or prompts differ from this "
-                "one's. Choose another folder, or remove that one to start over"
+                f"output folder {out} holds another study called {name}: its model, questions or prompts differ "
+                "from this one's. Choose another folder, or remove that one to start over"
             )
     if held | studies != held or not marker.exists():
         write_json(marker, {"gapprobe": "output folder of a study", "studies": held | studies})
