@@ -28,6 +28,14 @@ and bridge together, beside other work on a 2-core machine; the first two are sh
 """
 
 
+PROBE_HEAD = """## Gap and failure probe
+
+On the trials that count (identification and full information right, guess control wrong). The probe's layer is chosen
+on training rows, folds keep images together, the best control is the strongest of shuffled labels, question only and
+layer 0. A probe beats it when the interval of the paired difference lies above 0.
+"""
+
+
 @dataclass(frozen=True)
 class Table:
     """Write the table of all seeds."""
@@ -61,12 +69,33 @@ def render_table(logs: dict[int, dict[str, dict[str, Any]]], results: dict[int, 
             told = "yes" if seed == shipped else "no"
             threads = logs[seed][family]["threads"]
             lines.append("| " + " | ".join([family, str(seed), *cells, f"{minutes:.1f}", str(threads), told]) + " |")
-    return HEAD + "\n".join(lines) + "\n"
+    return HEAD + "\n".join([*lines, "", *_probe_table(results)]) + "\n"
 
 
-def _cell(figure: dict[str, Any]) -> str:
+def _probe_table(results: dict[int, dict[str, Any]]) -> list[str]:
+    """Return the gap and the failure probe of every seed, on the trials that count, split by image."""
+    titles = ["family", "seed", "gap (points)", "probe AUC", "best control", "its AUC", "difference", "beats it"]
+    lines = [PROBE_HEAD, "| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for family in FAMILIES:
+        for seed in sorted(results):
+            part = results[seed]["families"][family]
+            gap, verdict = part["gap"]["absolute"], part["probe"]["verdict"]["image"]
+            low, high = gap["ci"]
+            cells = [
+                f"{100 * gap['value']:.0f} [{100 * low:.0f}, {100 * high:.0f}] (n={gap['n']})",
+                _cell(verdict["probe"], "auc"),
+                verdict["control"].replace("_", " "),
+                _cell(verdict["control_auc"], "auc"),
+                _cell(verdict["difference"], "value"),
+                "yes" if verdict["beats"] else "no",
+            ]
+            lines.append("| " + " | ".join([family, str(seed), *cells]) + " |")
+    return lines
+
+
+def _cell(figure: dict[str, Any], name: str = "accuracy") -> str:
     low, high = figure["ci"]
-    return f"{figure['accuracy']:.3f} [{low:.3f}, {high:.3f}] (n={figure['n']})"
+    return f"{figure[name]:.3f} [{low:.3f}, {high:.3f}] (n={figure['n']})"
 
 
 def main(table: Table) -> None:

@@ -230,9 +230,19 @@ def test_table_lists_every_seed_and_ships_the_lowest_fit_one() -> None:
     }
     figure = {"accuracy": 0.25, "n": 40, "ci": [0.2, 0.3]}
     settings = ("identification", "text_only", "full_information", "visual", "guess_control")
-    result = {"families": {family: {"raw": dict.fromkeys(settings, figure)} for family in FAMILIES}}
+    number = {"auc": 0.8, "value": 0.1, "n": 30, "ci": [0.05, 0.9]}
+    verdict = {"probe": number, "control": "layer_0", "control_auc": number, "difference": number, "beats": True}
+    part = {
+        "raw": dict.fromkeys(settings, figure),
+        "gap": {"absolute": number},
+        "probe": {"verdict": {"image": verdict}},
+    }
+    result = {"families": dict.fromkeys(FAMILIES, part)}
     lines = render_table(logs, dict.fromkeys(logs, result)).splitlines()
-    rows = [line.split(" | ") for line in lines if line.startswith(("| llava", "| instructblip"))]
+    both = [line.split(" | ") for line in lines if line.startswith(("| llava", "| instructblip"))]
+    rows, probes = both[:6], both[6:]
+    assert [(row[0][2:], row[1]) for row in probes] == [(row[0][2:], row[1]) for row in rows]
+    assert probes[0][2:5] == ["10 [5, 90] (n=30)", "0.800 [0.050, 0.900] (n=30)", "layer 0"]
     assert [(row[0][2:], row[1], row[-1][:-2]) for row in rows] == [
         (family, str(seed), "yes" if seed == 1 else "no") for family in FAMILIES for seed in (0, 1, 2)
     ]

@@ -140,7 +140,7 @@ def load_config(path: Path | str) -> StudyConfig:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         return StudyConfig.model_validate(data | {"folder": path.parent})
     except FileNotFoundError as error:
-        raise ConfigError(f"study configuration {path} does not exist; see examples/configs for some") from error
+        raise ConfigError(f"study configuration {path} does not exist; examples/landmarks has one to copy") from error
     except ValidationError as error:
         raise ConfigError(f"study configuration {path}: {_in_words(error)}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
