@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a full disk leaves the old one or the new one, never half of one."""
+"""Writing files so that a kill or a full disk leaves the old one or the new one, and failures of the disk in words."""
 
 from __future__ import annotations
 
@@ -6,27 +6,33 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gapprobe.errors import OutputError
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file grew past the allowed file size",
+    errno.EIO: "the disk reported an input/output error",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+}
 
 
 @contextmanager
-def explained(path: Path) -> Generator[None]:
-    """Turn an operating-system error on writing `path` into an OutputError that says what to do."""
+def as_output_error(what: str, safe: Callable[[], str]) -> Generator[None, None, None]:
+    """Turn an OSError into an OutputError that says what failed, what is safe, and what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM:
-            raise OutputError(
-                f"no room left to write {path}: free some space or choose another output folder, then run the same "
-                "command again; what is finished is kept and not run twice"
-            ) from error
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+        raise OutputError(
+            f"{what}: {reason}. {safe()} Mend that (free some space, or choose another folder) "
+            "and run the same again: it goes on where this stopped."
+        ) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -35,7 +41,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OutputError: the folder cannot be written to, or has no room left.
     """
-    with explained(path):
+    with as_output_error(f"{path} cannot be written", lambda: "What is finished is kept."):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -48,11 +54,20 @@ def write_bytes(path: Path, data: bytes) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems do not sync folders, and need not.
+        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -31,7 +31,7 @@ def outcomes(n: int, *, entities: int = 6, right: Callable[[int], bool] = lambda
 
 
 def config(**probe: object) -> StudyConfig:
-    settings = ProbeConfig(**({"replicates": 100, "folds": 3} | probe))  # pyright: ignore[reportArgumentType]
+    settings = ProbeConfig(**({"replicates": 100, "folds": 3} | probe))
     return load_config(FOLDER / "llava.toml").model_copy(update={"probe": settings})
 
 
@@ -84,3 +84,12 @@ def test_a_study_without_two_outcomes_says_why_there_is_no_probe(
     left_out = analysis.selective(store, table, None, config())
     assert left_out["why_not"]
     assert left_out["probe"]["risk"] is None
+
+
+def test_a_residual_that_is_no_number_costs_the_probe_and_not_the_study(store_of: Callable) -> None:
+    table = outcomes(120)
+    residuals = torch.randn(LAYERS, 120, 4, generator=torch.Generator().manual_seed(0))
+    residuals[1, 7] = torch.nan
+    result = analysis.probe(store_of(residuals, table["visual_row"].tolist()), table, config(), progress=False)
+    assert "layer 1: 1 rows hold NaN or infinity, such as row7" in result["why_not"]
+    assert result["verdict"] == dict.fromkeys(("image", "entity", "question", "random"))

@@ -182,7 +182,8 @@ def test_nothing_but_bad_examples(tmp_path: Path) -> None:
 
 def test_doubles_are_run_once_and_the_first_counts(tmp_path: Path) -> None:
     one = examples(2)[1]
-    again = Example(one.text, ImageFile("same bytes", data=one.image.read()), {"setting": "again"})  # type: ignore[union-attr]
+    assert one.image is not None
+    again = Example(one.text, ImageFile("same bytes", data=one.image.read()), {"setting": "again"})
     store = taken(loaded("llava-llama"), [one, again], tmp_path / "acts")
     assert store.rows["setting"].tolist() == ["visual"]
 

@@ -81,7 +81,7 @@ def interval(ci: Ends, scale: Number = 1, digits: int = 3) -> str:
 
 
 def headline_split(family: Family) -> str:
-    """Return the split that the probe figure's controls belong to: the first of the study's configuration."""
+    """Return the split that the probe figure's controls belong to: the first that the trials could be cut by."""
     return next(iter(family["probe"]["controls_by_split"]), "image")
 
 

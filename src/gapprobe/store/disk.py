@@ -6,36 +6,13 @@ import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from gapprobe.errors import OutputError
 
 TEMPORARY = ".tmp-"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file grew past the allowed file size",
-    errno.EIO: "the disk reported an input/output error",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-}
-
-
-@contextmanager
-def as_output_error(what: str, safe: Callable[[], str]) -> Generator[None, None, None]:
-    """Turn an OSError into an OutputError that says what failed, what is safe, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
-        raise OutputError(
-            f"{what}: {reason}. {safe()} Mend that (free some space, or choose another folder) "
-            "and run the same again: it goes on where this stopped."
-        ) from error
 
 
 @contextmanager
@@ -120,19 +97,6 @@ def publish(source: Path, target: Path) -> bool:
             return False
         os.rename(source, target)
     return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems do not sync folders, and need not.
-        if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def append_line(path: Path, line: bytes, locked: bool) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gapprobe.errors import OutputError, StoreError
+from gapprobe.files import as_output_error, sync_folder
 from gapprobe.store import disk
 from gapprobe.store.format import (
     FORMAT,
@@ -178,8 +179,8 @@ class StoreWriter:
                     break
                 (self.path / shard_name(number)).unlink()
             number += 1
-        disk.sync_folder(self.path / SHARDS)
-        disk.sync_folder(self.path / ROWS)
+        sync_folder(self.path / SHARDS)
+        sync_folder(self.path / ROWS)
         return number
 
     def _record(self, record: ShardRecord, locked: bool) -> None:
@@ -232,7 +233,7 @@ class StoreWriter:
             schema = merge_schemas(self._schema, table.schema)
             size, digest = shard.path.stat().st_size, file_sha256(shard.path)
             for folder in (SHARDS, ROWS):
-                disk.sync_folder(self.path / folder)
+                sync_folder(self.path / folder)
             record = ShardRecord(number, shard.rows, shard.tokens, size, digest, len(content), checksum)
             disk.append_line(self.path / MANIFEST_FILE, record.to_line(self._extra), locked=True)
             self._ids |= ids
@@ -266,9 +267,7 @@ class StoreWriter:
         return disk.exclusive(self.path / LOCK_FILE)
 
     def _failing(self, what: str) -> AbstractContextManager[None]:
-        return disk.as_output_error(
-            f"{self.path}: {what}", lambda: f"All rows sealed before ({len(self._ids)}) are safe."
-        )
+        return as_output_error(f"{self.path}: {what}", lambda: f"All rows sealed before ({len(self._ids)}) are safe.")
 
 
 def _create(path: Path, header: StoreHeader) -> StoreHeader:
@@ -287,11 +286,11 @@ def _create(path: Path, header: StoreHeader) -> StoreHeader:
             os.fsync(descriptor)
             if not (path / STORE_FILE).exists():
                 os.rename(file, path / STORE_FILE)
-        disk.sync_folder(path)
+        sync_folder(path)
     stored = read_header(path)
     for folder in (SHARDS, ROWS):
         (path / folder).mkdir(exist_ok=True)
-    disk.sync_folder(path)
+    sync_folder(path)
     return stored
 
 

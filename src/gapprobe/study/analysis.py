@@ -52,7 +52,6 @@ def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: b
     rows = probe_rows(outcomes, store, config)
     target = rows["visual"].astype(bool)
     splits, refused = _cut(rows, config)
-    nothing: Json = {"auc": [None] * len(store.header.layers), "ci": [[None, None]] * len(store.header.layers)}
     described: Json = {
         "position": settings.position,
         "rows": settings.rows,
@@ -60,33 +59,27 @@ def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: b
         "n": len(rows),
         "positives": int(target.sum()),
         "folds": settings.folds,
-        **{split: nothing | {"n": len(rows), "why_not": why} for split, why in refused.items()},
     }
     if not splits:
-        why_not = f"No probe was fitted: {next(iter(refused.values()))}."
-        verdicts = dict.fromkeys(refused)
-        return described | {
-            "controls": {},
-            "controls_by_split": {},
-            "verdict": verdicts,
-            "why_not": why_not,
-            "scores": None,
-        }
-    sweep = sweep_probes(
-        store,
-        target,
-        position=settings.position,
-        layers=config.layers,
-        splits=splits,
-        questions=rows[["relation", "entity"]],
-        clusters=(rows["question"], rows["image"]),
-        controls=settings.controls,
-        folds=settings.folds,
-        c=settings.c,
-        seed=config.seed,
-        replicates=settings.replicates,
-        progress=progress,
-    )
+        return described | _no_probe(refused, store, len(rows))
+    try:
+        sweep = sweep_probes(
+            store,
+            target,
+            position=settings.position,
+            layers=config.layers,
+            splits=splits,
+            questions=rows[["relation", "entity"]],
+            clusters=(rows["question"], rows["image"]),
+            controls=settings.controls,
+            folds=settings.folds,
+            c=settings.c,
+            seed=config.seed,
+            replicates=settings.replicates,
+            progress=progress,
+        )
+    except DataError as error:
+        return described | _no_probe(dict.fromkeys(settings.splits, str(error)), store, len(rows))
     curves = {
         key: {
             "auc": [number(v) for v in part["auc"]],
@@ -98,6 +91,7 @@ def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: b
     controls = {split: {control: curves[split, control] for control in settings.controls} for split in splits}
     first = next(iter(splits))
     return described | {
+        **_refused(refused, store, len(rows)),
         **{split: curves[split, "probe"] for split in splits},
         "controls": controls[first],
         "controls_by_split": controls,
@@ -107,6 +101,25 @@ def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: b
             "probability": [float(p) for p in sweep.nested[first].probability],
             "fold": [int(f) for f in sweep.folds[first].outer],
         },
+    }
+
+
+def _refused(reasons: Mapping[str, str], store: Store, n: int) -> Json:
+    """Return what stands under splits that no probe was fitted with."""
+    layers = len(store.header.layers)
+    return {
+        s: {"auc": [None] * layers, "ci": [[None, None]] * layers, "n": n, "why_not": w} for s, w in reasons.items()
+    }
+
+
+def _no_probe(reasons: Mapping[str, str], store: Store, n: int) -> Json:
+    return {
+        **_refused(reasons, store, n),
+        "controls": {},
+        "controls_by_split": {},
+        "verdict": dict.fromkeys(reasons),
+        "why_not": f"No probe was fitted: {next(iter(reasons.values()))}.",
+        "scores": None,
     }
 
 
