@@ -86,6 +86,39 @@ def test_the_layer_that_speaks_names_the_answer_when_told(finished: Path) -> Non
 
 
 @pytest.mark.xdist_group("study")
+@pytest.mark.parametrize("family", ["llava", "instructblip"])
+def test_the_four_conventions_of_the_lens_are_four(finished: Path, family: str) -> None:
+    lens = results_of(finished)["families"][family]["lens"]
+    sound, bare, said = (lens["variants"][name] for name in ("norm_gold", "bare_gold", "norm_generated"))
+    assert sound["text"] == lens["text"]
+    assert sound["visual"] == lens["visual"]
+    assert bare["text"][-1] < sound["text"][-1] - 0.05
+    # Where the model is wrong, what it says is likelier than what is true.
+    assert said["visual"][-1] > sound["visual"][-1] + 0.05
+
+
+@pytest.mark.xdist_group("study")
+@pytest.mark.parametrize("family", ["llava", "instructblip"])
+def test_a_shown_state_is_nearer_to_the_told_one_where_the_answer_is_right(finished: Path, family: str) -> None:
+    cosine = results_of(finished)["families"][family]["cosine"]
+    for measure in (cosine, cosine["centred"]):
+        assert 0.99 > measure["success"][-1] > measure["failure"][-1] + 0.05
+
+
+@pytest.mark.xdist_group("study")
+@pytest.mark.parametrize("family", ["llava", "instructblip"])
+def test_answering_when_confident_is_safer_than_always_answering(finished: Path, family: str) -> None:
+    part = results_of(finished)["families"][family]
+    always = 1 - part["settings"]["visual"]["accuracy"]
+    for method in ("perplexity", "probe", "ensemble"):
+        found = part["selective"][method]
+        assert found["risk"] < always
+        assert found["aurc"] < always
+        assert found["curve"]["coverage"][-1] == 1.0
+        assert found["curve"]["risk"][-1] == pytest.approx(always)
+
+
+@pytest.mark.xdist_group("study")
 def test_a_finished_study_is_not_run_again(finished: Path) -> None:
     before = (finished / "results.json").read_bytes()
     shards = {p: p.stat().st_mtime_ns for p in (finished / "store").rglob("*.safetensors")}
