@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -18,25 +19,34 @@ def test_a_store_is_read_with_json_safetensors_and_pyarrow_alone(tmp_path):
     write(tmp_path / "s", rows, batch=5)
     store = tmp_path / "s"
     fields = json.loads((store / "store.json").read_text())
-    assert (fields["format"], fields["version"], fields["layers"]) == ("gapprobe.store", 1, [0, 1, 3])
+    assert (fields["format"], fields["version"], fields["layers"]) == ("gapprobe.store", 2, [0, 1, 3])
     found = {}
     for line in (store / "manifest.jsonl").read_bytes().splitlines():
         record = json.loads(line)
         claimed = record["line_sha256"]
         assert hashlib.sha256(line.replace(f'"line_sha256":"{claimed}",'.encode(), b"")).hexdigest() == claimed
         number = f"{record['shard']:06d}"
-        for folder, suffix, name in (("shards", "safetensors", "shard"), ("rows", "parquet", "rows")):
-            content = Path(store, folder, f"{number}.{suffix}").read_bytes()
-            assert hashlib.sha256(content).hexdigest() == record[f"{name}_sha256"]
-            assert len(content) == record[f"{name}_bytes"]
+        content = Path(store, "shards", f"{number}.safetensors").read_bytes()
+        assert (len(content), xxhash.xxh3_128_hexdigest(content)) == (record["shard_bytes"], record["shard_xxh128"])
+        parquet = Path(store, "rows", f"{number}.parquet").read_bytes()
+        assert (len(parquet), hashlib.sha256(parquet).hexdigest()) == (record["rows_bytes"], record["rows_sha256"])
         table = pq.read_table(store / "rows" / f"{number}.parquet").to_pylist()
         with safe_open(store / "shards" / f"{number}.safetensors", "pt") as shard:
             assert shard.metadata()["fingerprint"] == fields["fingerprint"]
             offsets = shard.get_tensor("offsets").tolist()
             assert (len(offsets) - 1, offsets[-1]) == (record["rows"], record["tokens"])
+            assert bytes(shard.get_tensor("rows_parquet").tolist()) == parquet
+            data = content[8 + int.from_bytes(content[:8], "little") :]
+            *_, last = shard.offset_keys()
+            sums = shard.get_tensor(last).tolist()
+            data = data[: len(data) - 8 * len(sums)]
+            blocks = [data[at : at + 2**20] for at in range(0, len(data), 2**20)]
+            assert (last, sums) == ("block_checksums", [list(xxhash.xxh3_64_digest(block)) for block in blocks])
+            check_moments(shard, fields)
             for i, columns in enumerate(table):
                 tokens = slice(offsets[i], offsets[i + 1])
-                tensors = {name: shard.get_tensor(name)[tokens] for name in shard.offset_keys()}
+                by_token = [name for name in shard.offset_keys() if name.startswith(("residual.", "token_"))]
+                tensors = {name: shard.get_tensor(name)[tokens] for name in by_token}
                 found[columns["id"]] = (columns, tensors)
     assert set(found) == {row.id for row in rows}
     for row in rows:
@@ -46,6 +56,20 @@ def test_a_store_is_read_with_json_safetensors_and_pyarrow_alone(tmp_path):
             assert tensors[f"residual.{layer:02d}"].equal(row.residual[i])
         for name in ("token_ids", "token_positions", "token_roles", "token_marks"):
             assert tensors[name].equal(getattr(row, name))
+
+
+def check_moments(shard, fields):
+    """As the page says: of all tokens, then of those at each position, by layer."""
+    marks = shard.get_tensor("token_marks")
+    groups = [marks >= 0, *(marks >> i & 1 == 1 for i in range(len(fields["positions"])))]
+    for i, group in enumerate(groups):
+        assert shard.get_tensor("moments.count")[i] == group.sum()
+        for k, layer in enumerate(fields["layers"]):
+            residual = shard.get_tensor(f"residual.{layer:02d}")[group].double()
+            if len(residual):
+                mean, std = shard.get_tensor("moments.mean")[i, k], shard.get_tensor("moments.std")[i, k]
+                assert mean.double().allclose(residual.mean(0), atol=1e-6)
+                assert std.double().allclose(residual.std(0, correction=0), atol=1e-6)
 
 
 def test_the_code_of_the_format_page_reads_a_row(tmp_path):
@@ -103,7 +127,8 @@ def edited(**changes) -> bytes:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (edited(version=2), "version 2; this gapprobe reads up to 1"),
+        (edited(version=3), "version 3; this gapprobe reads 2. Update gapprobe"),
+        (edited(version=1), "version 1; this gapprobe reads 2. No release wrote it"),
         (edited(version="1"), "does not describe a gapprobe store"),
         (edited(format="zarr"), "does not describe a gapprobe store"),
         (edited(width=7), "fingerprint"),
@@ -153,7 +178,7 @@ def test_any_bytes_are_no_manifest_line(line):
 @pytest.mark.parametrize("change", [{"shard": -1}, {"shard": 10**10}, {"rows": "2"}, {"tokens": None}])
 def test_a_manifest_line_with_a_sound_checksum_but_impossible_fields_is_refused(change):
     body = json.dumps(
-        dict(shard=1, rows=2, tokens=3, shard_bytes=4, shard_sha256="a", rows_bytes=5, rows_sha256="b") | change
+        dict(shard=1, rows=2, tokens=3, shard_bytes=4, shard_xxh128="a", rows_bytes=5, rows_sha256="b") | change
     )
     line = b'{"line_sha256":"%s",' % hashlib.sha256(body.encode()).hexdigest().encode() + body[1:].encode()
     with pytest.raises(StoreError):

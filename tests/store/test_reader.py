@@ -199,19 +199,35 @@ def read_everything(path):
     return store.layer(3)
 
 
-def test_truncated_and_missing_files_are_store_errors(tmp_path):
+def test_truncated_and_missing_shards_are_store_errors(tmp_path):
     write(tmp_path, some_rows(3))
-    for file in ("shards/000000.safetensors", "rows/000000.parquet"):
-        content = (tmp_path / file).read_bytes()
-        for length in (0, 5, 100, len(content) - 1):
-            (tmp_path / file).write_bytes(content[:length])
-            with pytest.raises(StoreError, match="000000"):
-                read_everything(tmp_path)
-        (tmp_path / file).unlink()
-        with pytest.raises(StoreError, match="cannot be read"):
+    file = tmp_path / "shards/000000.safetensors"
+    content = file.read_bytes()
+    for length in (0, 5, 100, len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(StoreError, match="000000"):
             read_everything(tmp_path)
-        (tmp_path / file).write_bytes(content)
+    file.unlink()
+    with pytest.raises(StoreError, match="cannot be read"):
+        read_everything(tmp_path)
+    file.write_bytes(content)
     read_everything(tmp_path)
+
+
+def test_a_damaged_or_missing_table_of_rows_is_read_from_the_shard(tmp_path):
+    rows = some_rows(3)
+    write(tmp_path, rows)
+    file = tmp_path / "rows/000000.parquet"
+    content = file.read_bytes()
+    for damaged in (b"", content[:100], content[:-1], b"x" + content[1:], None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        store = open_store(tmp_path)
+        assert all(equal(store.row(row.id), row) for row in rows)
+        assert [problem.file for problem in store.verify()] == ["rows/000000.parquet"]
+    shard = tmp_path / "shards/000000.safetensors"
+    shard.write_bytes(shard.read_bytes().replace(content, b"x" + content[1:]))
+    with pytest.raises(StoreError, match="000000.parquet cannot be read"):
+        read_everything(tmp_path)
 
 
 def test_a_shard_cut_short_while_it_is_in_use_is_an_error_not_a_crash(tmp_path):

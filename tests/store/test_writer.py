@@ -122,7 +122,7 @@ def test_columns_keep_their_type(tmp_path):
 
 def test_a_column_of_two_types_in_one_batch_is_refused_by_name(tmp_path):
     rows = [dataclasses.replace(make_row(str(x), 1), columns={"x": x}) for x in (1, "one")]
-    with StoreWriter(tmp_path, HEADER) as writer, pytest.raises(StoreError, match="'x'.*Give it one type"):
+    with StoreWriter(tmp_path, HEADER) as writer, pytest.raises(StoreError, match="x.*one type in all rows"):
         writer.append(rows)
 
 
@@ -170,8 +170,8 @@ def test_other_versions_and_another_source_are_recorded_not_refused(tmp_path):
 def test_a_newer_store_is_not_written_to(tmp_path):
     write(tmp_path, some_rows(2))
     file = tmp_path / "store.json"
-    file.write_text(file.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(StoreError, match="version 2"):
+    file.write_text(file.read_text().replace('"version": 2', '"version": 3'))
+    with pytest.raises(StoreError, match="version 3"):
         StoreWriter(tmp_path, HEADER)
 
 
@@ -260,16 +260,16 @@ def test_a_failing_disk_is_an_output_error_and_the_rows_in_hand_can_be_flushed_a
 
         with monkeypatch.context() as patch:
             patch.setattr(os, call, failing)
-            if next(iter(writer._pending), None) is None:
-                break
             try:
                 writer.flush()
+                break
             except OutputError as error:
                 assert "sealed before" in str(error)  # noqa: PT017 - the last turn does not fail
         assert [p for p in verify_store(tmp_path) if "not sealed" not in p.what] == []
         assert not list(tmp_path.rglob(".tmp-*"))
     else:
         pytest.fail("it never succeeded")
+    assert turn > 0
     StoreWriter(tmp_path, HEADER).close()
     assert holds(tmp_path, rows)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
+_PIECE = 8 << 20
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 
@@ -65,10 +66,23 @@ def exclusive(path: Path) -> Generator[bool, None, None]:
 
 
 def write_all(descriptor: int, data: memoryview, at: int) -> None:
-    """Write `data` (bytes) at a position of the file, however many calls that takes."""
+    """Write `data` (bytes) at a position of the file, and have the disk begin at once, not when the file is synced."""
     done = 0
     while done < len(data):
-        done += os.pwrite(descriptor, data[done:], at + done)
+        count = os.pwrite(descriptor, data[done : done + _PIECE], at + done)
+        if hasattr(os, "posix_fadvise"):
+            # On Linux this starts writing dirty pages, and drops only clean ones: a third of a shard's time here.
+            os.posix_fadvise(descriptor, at + done, count, os.POSIX_FADV_DONTNEED)
+        done += count
+
+
+def sync(path: Path) -> None:
+    """Make a file's content durable, whoever wrote it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def reserve(descriptor: int, size: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isfinite
 from types import MappingProxyType
 from typing import TypeVar, cast
@@ -20,7 +20,7 @@ from torch import Tensor
 from gapprobe.errors import StoreError
 
 FORMAT = "gapprobe.store"
-VERSION = 1
+VERSION = 2
 STORE_FILE = "store.json"
 MANIFEST_FILE = "manifest.jsonl"
 LOCK_FILE = "lock"
@@ -28,11 +28,16 @@ SHARDS = "shards"
 ROWS = "rows"
 SHARD_SUFFIX = ".safetensors"
 ROWS_SUFFIX = ".parquet"
+ROWS_TENSOR = "rows_parquet"
+CHECKSUMS_TENSOR = "block_checksums"
 
 # No honest store comes near these; a damaged or hostile one may claim anything.
 MAX_JSON_BYTES = 1 << 20
 MAX_SHARD_NUMBER = 10**9
 MAX_POSITIONS = 8
+
+# Each checksum of a shard's `block_checksums` is that of so many bytes of its data.
+BLOCK = 1 << 20
 
 DTYPES: Mapping[str, tuple[str, torch.dtype]] = MappingProxyType(
     {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
@@ -125,10 +130,9 @@ class StoreHeader:
         version = fields.get("version")
         if fields.get("format") != FORMAT or not _is_int(version):
             raise StoreError(f"{where} does not describe a gapprobe store (no format {FORMAT!r} with a version)")
-        if cast(int, version) > VERSION:
-            raise StoreError(
-                f"{where} has store format version {version}; this gapprobe reads up to {VERSION}. Update gapprobe."
-            )
+        if version != VERSION:
+            mend = "Update gapprobe." if cast(int, version) > VERSION else "No release wrote it: capture again."
+            raise StoreError(f"{where} has store format version {version}; this gapprobe reads {VERSION}. {mend}")
         try:
             header = cls(
                 model=_mapping(fields, "model", str),
@@ -183,19 +187,28 @@ class StoredRow:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A line of the manifest: a sealed shard and its table of rows. Checksums are of whole files."""
+    """A line of the manifest: a sealed shard and its table of rows. Checksums are of whole files.
+
+    `versions` are the packages that made the shard, where they are not those of the store's header.
+    """
 
     shard: int
     rows: int
     tokens: int
     shard_bytes: int
-    shard_sha256: str
+    shard_xxh128: str
     rows_bytes: int
     rows_sha256: str
+    versions: Mapping[str, str] | None = None
 
-    def to_line(self, extra: Mapping[str, object]) -> bytes:
-        """Return the manifest line, ending in a newline, with optional fields added."""
-        body = json.dumps(asdict(self) | dict(extra), separators=(",", ":")).encode()
+    def to_line(self, extra: Mapping[str, object] = MappingProxyType({})) -> bytes:
+        """Return the manifest line, ending in a newline, with fields of other versions of the format added."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.versions is None:
+            del fields["versions"]
+        else:
+            fields["versions"] = dict(self.versions)
+        body = json.dumps(fields | dict(extra), separators=(",", ":")).encode()
         return b'{"line_sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body[1:] + b"\n"
 
     @classmethod
@@ -211,9 +224,10 @@ class ShardRecord:
             rows=_field(fields, "rows", int),
             tokens=_field(fields, "tokens", int),
             shard_bytes=_field(fields, "shard_bytes", int),
-            shard_sha256=_field(fields, "shard_sha256", str),
+            shard_xxh128=_field(fields, "shard_xxh128", str),
             rows_bytes=_field(fields, "rows_bytes", int),
             rows_sha256=_field(fields, "rows_sha256", str),
+            versions=_mapping(fields, "versions", str) if "versions" in fields else None,
         )
         sizes = (record.shard, record.rows, record.tokens, record.shard_bytes, record.rows_bytes)
         _require(min(sizes) >= 0 and record.shard <= MAX_SHARD_NUMBER, "manifest line with a number out of range")
@@ -230,22 +244,49 @@ def rows_name(number: int) -> str:
     return f"{ROWS}/{number:06d}{ROWS_SUFFIX}"
 
 
-def layout(header: StoreHeader, rows: int, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the tensors of a shard in their order in the file: safetensors dtype and shape by name."""
-    code = DTYPES[header.dtype][0]
-    return {
-        "offsets": ("I64", (rows + 1,)),
+@dataclass(frozen=True)
+class ShardSize:
+    """What a shard's tensors are as long as."""
+
+    rows: int
+    tokens: int
+    table: int
+    """Bytes of the table of rows."""
+
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def layout(header: StoreHeader, size: ShardSize) -> tuple[Layout, Layout]:
+    """Return the tensors that a shard must have and those that it may have: safetensors dtype and shape by name."""
+    code, tokens = DTYPES[header.dtype][0], size.tokens
+    groups, layers = len(header.positions) + 1, len(header.layers)
+    must: Layout = {
+        "offsets": ("I64", (size.rows + 1,)),
         "token_ids": ("I64", (tokens,)),
         "token_positions": ("I64", (tokens,)),
         **{layer_name(layer): (code, (tokens, header.width)) for layer in header.layers},
         "token_roles": ("U8", (tokens,)),
         "token_marks": ("U8", (tokens,)),
+        ROWS_TENSOR: ("U8", (size.table,)),
     }
+    may: Layout = {
+        "moments.count": ("I64", (groups,)),
+        "moments.mean": ("F32", (groups, layers, header.width)),
+        "moments.std": ("F32", (groups, layers, header.width)),
+        **{position_name(i): (code, (layers, size.rows, header.width)) for i in range(len(header.positions))},
+    }
+    return must, may
 
 
 def layer_name(layer: int) -> str:
     """Return the name of a layer's tensor in a shard."""
     return f"residual.{layer:02d}"
+
+
+def position_name(index: int) -> str:
+    """Return the name of the tensor of the header's position `index` in a shard."""
+    return f"position.{index:02d}"
 
 
 def parse_json(text: bytes, where: str) -> dict[str, object]:

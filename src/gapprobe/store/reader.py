@@ -1,15 +1,15 @@
-"""Reading a store: opening reads two small files; tables on the first look at rows; layers are mapped when asked for.
+"""Reading a store: opening reads two small files; tables on the first look at rows; layers are read when asked for.
 
-A `Store` shows the shards that were sealed when it was opened. It never writes.
+A `Store` shows the shards that were sealed when it was opened or last refreshed. It never writes.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int64, Shaped, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,8 +32,10 @@ from gapprobe.store.format import (
     layer_name,
     shard_name,
 )
+from gapprobe.store.gather import Part, position_jobs, run_jobs, token_jobs, token_offsets
 from gapprobe.store.manifest import Manifest, read_header, read_manifest
-from gapprobe.store.shard import Shard, layer_names, open_shard
+from gapprobe.store.moments import Moments, combine, moments
+from gapprobe.store.shard import TOKEN_TENSORS, Shard, layer_names, open_shard
 from gapprobe.store.table import ID, merge_schemas, read_table
 from gapprobe.store.verify import Problem, verify_store
 
@@ -71,19 +73,52 @@ class StoreInfo:
         return "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items())
 
 
+@dataclass(frozen=True)
+class TokenBatch:
+    """Tokens of some rows, one row after another.
+
+    Attributes:
+        ids: of the rows.
+        layers: which the residuals are of.
+        residual: by layer, token and width.
+        offsets: row i has the tokens `offsets[i]` up to but not including `offsets[i + 1]`.
+        token_ids, token_positions, token_roles, token_marks: as in `StoredRow`.
+    """
+
+    ids: tuple[str, ...]
+    layers: tuple[int, ...]
+    residual: Shaped[Tensor, "l t d"]
+    offsets: Int64[Tensor, " n_1"]
+    token_ids: Int64[Tensor, " t"]
+    token_positions: Int64[Tensor, " t"]
+    token_roles: UInt8[Tensor, " t"]
+    token_marks: UInt8[Tensor, " t"]
+
+
 class Store:
-    """The rows and residuals of a store, as sealed when it was opened. Use `open_store`."""
+    """The rows and residuals of a store, as sealed when it was opened or last refreshed. Use `open_store`.
+
+    Attributes:
+        path: the folder.
+        header: what all rows have in common.
+        records: the sealed shards, in the order of sealing.
+    """
 
     def __init__(self, path: Path, header: StoreHeader, manifest: Manifest) -> None:
         self.path = path
         self.header = header
-        self._records = manifest.records
-        self._shard = cache(self._open)
+        self.records = manifest.records
+        self._shards: dict[int, Shard] = {}
 
     def __repr__(self) -> str:
         """Say where the store is and how much it holds."""
-        rows = sum(record.rows for record in self._records)
-        return f"Store({str(self.path)!r}, {rows} rows, {len(self.header.layers)} layers, width {self.header.width})"
+        return (
+            f"Store({str(self.path)!r}, {len(self)} rows, {len(self.header.layers)} layers, width {self.header.width})"
+        )
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return int(self._row_base[-1])
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -91,9 +126,36 @@ class Store:
         return self._frame.copy(deep=False)
 
     @cached_property
+    def table(self) -> pa.Table:
+        """Return the table of rows as Arrow has it, with the column `id`, in the order of sealing."""
+        tables = [read_table(self.path, self.header, record) for record in self.records]
+        schema = pa.schema([(ID, pa.string())])
+        for table in tables:
+            schema = merge_schemas(schema, table.schema)
+        return pa.concat_tables([schema.empty_table(), *tables], promote_options="permissive")
+
+    @cached_property
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all rows, in the order of sealing."""
-        return tuple(self._table.column(ID).to_pylist())
+        return tuple(self.table.column(ID).to_pylist())
+
+    def refresh(self) -> int:
+        """Look for shards that were sealed since, or that a repair or compaction replaced; return how many rows more.
+
+        Raises:
+            StoreError: the store is damaged, or another one stands in its place.
+        """
+        before = len(self)
+        header, manifest = _read(self.path)
+        if header.fingerprint != self.header.fingerprint:
+            raise StoreError(f"{self.path} is another store than the one that was opened; open it anew")
+        if manifest.records != self.records:
+            self.records = manifest.records
+            self._shards.clear()
+            for name, value in vars(type(self)).items():
+                if isinstance(value, cached_property):
+                    self.__dict__.pop(name, None)
+        return len(self) - before
 
     def layer(
         self, layer: int, position: str | None = None, rows: Iterable[str] | None = None
@@ -101,7 +163,8 @@ class Store:
         """Return the residual stream after one layer.
 
         Where the tokens lie one after another in one shard the result is a private map of the file, read when touched;
-        otherwise a copy. Changing it in place changes neither the store nor what later calls return.
+        otherwise a copy, read in large pieces, several shards at once. Changing it in place changes neither the store
+        nor what later calls return.
 
         Args:
             layer: one of `header.layers`.
@@ -115,11 +178,52 @@ class Store:
             StoreError: the layer, position or a row is not in the store; a row has no token at the position, or
                 several; or a file is damaged.
         """
-        if layer not in self.header.layers:
-            raise StoreError(f"{self.path} has no layer {layer}; it has {_told(self.header.layers)}")
-        chosen = self._chosen(rows)
-        tokens = self._tokens.of_rows(chosen) if position is None else self._at_position(position, chosen)
-        return self._gather(layer_name(layer), tokens)
+        index = self._layer_indices([layer])[0]
+        parts = self._parts(rows)
+        if position is None:
+            jobs = token_jobs(parts, [layer_name(layer)])
+        else:
+            self._refuse_unmarked(parts, position)
+            jobs = position_jobs(parts, index, layer_name(layer), self._position_index(position))
+        if len(jobs) == 1 and jobs[0].consecutive:
+            job = jobs[0]
+            return job.shard.flat(job.names[0], int(job.lines[0]), int(job.lines[-1]) + 1)
+        total = sum(len(job.lines) for job in jobs)
+        result = torch.empty(1, total, self.header.width, dtype=self.header.torch_dtype)
+        run_jobs(jobs, result)
+        return result[0]
+
+    def batch(self, rows: Iterable[str] | None = None, layers: Sequence[int] | None = None) -> TokenBatch:
+        """Return all tokens of some rows at some layers, read in large pieces.
+
+        Args:
+            rows: ids, in the order wanted; all rows in the order of sealing by default.
+            layers: some of `header.layers`, in the order wanted; all by default.
+
+        Raises:
+            StoreError: a row or layer is not in the store, or a file is damaged.
+        """
+        chosen = tuple(self.header.layers if layers is None else layers)
+        self._layer_indices(chosen)
+        rows = rows if rows is None else [rows] if isinstance(rows, str) else list(rows)
+        parts = self._parts(rows)
+        jobs = token_jobs(parts, [layer_name(layer) for layer in chosen])
+        total = sum(len(job.lines) for job in jobs)
+        residual = torch.empty(len(chosen), total, self.header.width, dtype=self.header.torch_dtype)
+        run_jobs(jobs, residual)
+        numbers, codes = torch.empty(2, total, dtype=torch.int64), torch.empty(2, total, dtype=torch.uint8)
+        for job in jobs:
+            for target, name in zip((*numbers, *codes), TOKEN_TENSORS, strict=True):
+                values = job.shard.marks if name == "token_marks" else job.shard.read(name).numpy()
+                target.numpy()[job.places] = values[job.lines]
+        return TokenBatch(
+            self.ids if rows is None else tuple(rows),
+            chosen,
+            residual,
+            torch.from_numpy(token_offsets(parts)),
+            *numbers,
+            *codes,
+        )
 
     def row(self, id: str) -> StoredRow:
         """Return one row: its columns and the residuals of all its tokens, `[l t d]`.
@@ -127,24 +231,49 @@ class Store:
         Raises:
             StoreError: there is no such row, or a file is damaged.
         """
-        number = int(self._chosen([id])[0])
-        at = int(np.searchsorted(self._row_base, number, side="right")) - 1
-        shard = self._shard(self._records[at])
-        first, last = shard.offsets[number - int(self._row_base[at]) :][:2].tolist()
-        columns = cast(dict[str, Value], self._table.slice(number, 1).to_pylist()[0])
+        (part,) = self._parts([id])
+        number = int(part.rows[0])
+        first, last = part.shard.offsets[number : number + 2].tolist()
+        columns = cast(dict[str, Value], self.table.slice(self._number_of[id], 1).to_pylist()[0])
         return StoredRow(
             id=cast(str, columns.pop(ID)),
             columns=columns,
-            residual=shard.layers(layer_names(self.header), first, last),
-            token_ids=shard.read("token_ids", first, last),
-            token_positions=shard.read("token_positions", first, last),
-            token_roles=shard.read("token_roles", first, last),
-            token_marks=shard.read("token_marks", first, last),
+            residual=part.shard.span(layer_names(self.header), first, last),
+            token_ids=part.shard.read("token_ids", first, last),
+            token_positions=part.shard.read("token_positions", first, last),
+            token_roles=part.shard.read("token_roles", first, last),
+            token_marks=part.shard.read("token_marks", first, last),
         )
+
+    def moments(self, layer: int, position: str | None = None) -> Moments:
+        """Return count, mean and variance of the residuals after a layer, taken while they were written.
+
+        Args:
+            layer: one of `header.layers`.
+            position: one of `header.positions`, or all tokens.
+
+        Raises:
+            StoreError: the layer or position is not in the store, or a file is damaged.
+        """
+        index = self._layer_indices([layer])[0]
+        group = 0 if position is None else self._position_index(position) + 1
+        layers = len(self.header.layers)
+        parts: list[Moments] = []
+        for shard in map(self._shard, self.records):
+            if not shard.tokens:
+                continue
+            if "moments.count" in shard.tensors:
+                line = group * layers + index
+                mean, std = (shard.flat(name, line, line + 1)[0].double() for name in ("moments.mean", "moments.std"))
+                parts.append(Moments(int(shard.read("moments.count")[group]), mean, std.square()))
+            else:
+                marked = np.ones(shard.tokens, bool) if group == 0 else shard.marks >> (group - 1) & 1 == 1
+                parts.append(moments(shard.tensor(layer_name(layer))[torch.from_numpy(marked)]))
+        return combine(parts, self.header.width)
 
     def info(self) -> StoreInfo:
         """Return what the store holds."""
-        table = self._table
+        table = self.table
         settings = Counter(table.column("setting").to_pylist()) if "setting" in table.column_names else {}
         return StoreInfo(
             path=self.path,
@@ -152,13 +281,13 @@ class Store:
             model=self.header.model,
             rows=table.num_rows,
             errors=table.num_rows - table.column("error").null_count if "error" in table.column_names else 0,
-            tokens=sum(record.tokens for record in self._records),
+            tokens=sum(record.tokens for record in self.records),
             layers=self.header.layers,
             width=self.header.width,
             dtype=self.header.dtype,
             positions=self.header.positions,
-            shards=len(self._records),
-            bytes=sum(record.shard_bytes + record.rows_bytes for record in self._records),
+            shards=len(self.records),
+            bytes=sum(record.shard_bytes + record.rows_bytes for record in self.records),
             settings={str(name): count for name, count in settings.items() if name is not None},
         )
 
@@ -166,20 +295,14 @@ class Store:
         """Return what is wrong with the store now, nothing when it is sound. Reads every byte."""
         return verify_store(self.path)
 
-    def _open(self, record: ShardRecord) -> Shard:
-        return open_shard(self.path / shard_name(record.shard), self.header, record)
-
-    @cached_property
-    def _table(self) -> pa.Table:
-        tables = [read_table(self.path, record) for record in self._records]
-        schema = pa.schema([(ID, pa.string())])
-        for table in tables:
-            schema = merge_schemas(schema, table.schema)
-        return pa.concat_tables([schema.empty_table(), *tables], promote_options="permissive")
+    def _shard(self, record: ShardRecord) -> Shard:
+        if record.shard not in self._shards:
+            self._shards[record.shard] = open_shard(self.path / shard_name(record.shard), self.header, record)
+        return self._shards[record.shard]
 
     @cached_property
     def _frame(self) -> pd.DataFrame:
-        table = self._table.drop_columns([ID])
+        table = self.table.drop_columns([ID])
         # pandas would turn whole numbers and truth values with gaps into floats and objects.
         gaps = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
         frame = pd.DataFrame(index=pd.Index(self.ids, name=ID))
@@ -199,88 +322,55 @@ class Store:
     @cached_property
     def _row_base(self) -> NDArray[np.int64]:
         """Number of each shard's first row."""
-        return np.cumsum([0] + [record.rows for record in self._records], dtype=np.int64)
+        return np.cumsum([0] + [record.rows for record in self.records], dtype=np.int64)
 
-    @cached_property
-    def _token_base(self) -> NDArray[np.int64]:
-        """Number of each shard's first token."""
-        return np.cumsum([0] + [record.tokens for record in self._records], dtype=np.int64)
+    def _layer_indices(self, layers: Sequence[int]) -> list[int]:
+        for layer in layers:
+            if layer not in self.header.layers:
+                raise StoreError(f"{self.path} has no layer {layer}; it has {_told(self.header.layers)}")
+        return [self.header.layers.index(layer) for layer in layers]
 
-    @cached_property
-    def _tokens(self) -> _Tokens:
-        offsets, marks = [np.zeros(1, np.int64)], [np.zeros(0, np.uint8)]
-        for record, base in zip(self._records, self._token_base, strict=False):
-            shard = self._shard(record)
-            offsets.append(shard.offsets.numpy()[1:] + base)
-            marks.append(shard.read("token_marks").numpy())
-        return _Tokens(np.concatenate(offsets), np.concatenate(marks))
+    def _position_index(self, position: str) -> int:
+        if position not in self.header.positions:
+            raise StoreError(f"{self.path} has no position {position!r}; it has {_told(self.header.positions)}")
+        return self.header.positions.index(position)
 
-    def _chosen(self, rows: Iterable[str] | None) -> NDArray[np.int64]:
-        """Return the numbers of rows, in the order asked for."""
+    def _parts(self, rows: Iterable[str] | None) -> list[Part]:
+        """Return which rows of which shards are asked for, shard by shard."""
         if rows is None:
-            return np.arange(len(self.ids), dtype=np.int64)
+            return [
+                Part(self._shard(record), base, np.arange(record.rows), np.arange(record.rows) + base)
+                for record, base in zip(self.records, self._row_base.tolist(), strict=False)
+                if record.rows
+            ]
         wanted = [rows] if isinstance(rows, str) else list(rows)
         missing = [id_ for id_ in wanted if id_ not in self._number_of]
         if missing:
             raise StoreError(f"{self.path} has no row {missing[0]!r:.80} ({len(missing)} of {len(wanted)} are missing)")
-        return np.array([self._number_of[id_] for id_ in wanted], dtype=np.int64)
+        numbers = np.array([self._number_of[id_] for id_ in wanted], dtype=np.int64)
+        at = np.searchsorted(self._row_base, numbers, side="right") - 1
+        return [
+            Part(self._shard(self.records[i]), int(self._row_base[i]), numbers[here] - self._row_base[i], here)
+            for i in np.unique(at).tolist()
+            for here in [np.flatnonzero(at == i)]
+        ]
 
-    def _at_position(self, position: str, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the one token of each row that is marked as the position."""
-        if position not in self.header.positions:
-            raise StoreError(f"{self.path} has no position {position!r}; it has {_told(self.header.positions)}")
-        first, count = self._tokens.marked(self.header.positions.index(position))
-        wrong = chosen[count[chosen] != 1]
-        if len(wrong):
+    def _refuse_unmarked(self, parts: Sequence[Part], position: str) -> None:
+        """Raise StoreError unless every row has exactly one token at the position."""
+        index = self._position_index(position)
+        wrong = [(place, id_, count) for part in parts for place, id_, count in self._unmarked(part, index)]
+        if wrong:
+            _, id_, count = min(wrong)
             raise StoreError(
-                f"{self.path}: row {self.ids[wrong[0]]!r:.80} has {count[wrong[0]]} tokens at {position!r} "
-                f"({len(wrong)} of {len(chosen)} rows have not exactly one). Leave such rows out through `rows`."
+                f"{self.path}: row {id_!r:.80} has {count} tokens at {position!r} ({len(wrong)} of "
+                f"{sum(len(part.rows) for part in parts)} rows have not exactly one). Leave such rows out through "
+                "`rows`."
             )
-        return first[chosen]
 
-    def _gather(self, name: str, tokens: NDArray[np.int64]) -> Shaped[Tensor, "n d"]:
-        """Return the lines of a layer's tensor at these tokens, numbered through all shards."""
-        at = np.searchsorted(self._token_base, tokens, side="right") - 1
-        shards = np.unique(at)
-        if len(shards) == 1:
-            return self._from_shard(int(shards[0]), name, tokens)
-        result = torch.empty(len(tokens), self.header.width, dtype=self.header.torch_dtype)
-        for number in shards:
-            places = np.flatnonzero(at == number)
-            result[torch.from_numpy(places)] = self._from_shard(int(number), name, tokens[places])
-        return result
-
-    def _from_shard(self, number: int, name: str, tokens: NDArray[np.int64]) -> Shaped[Tensor, "n d"]:
-        shard = self._shard(self._records[number])
-        local = tokens - self._token_base[number]
-        first, last = int(local[0]), int(local[-1]) + 1
-        if last - first == len(local) and bool((np.diff(local) == 1).all()):
-            return shard.tensor(name, first, last)
-        return shard.tensor(name).index_select(0, torch.from_numpy(local))
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Which row each token belongs to and how it is marked, numbered through all shards."""
-
-    offsets: NDArray[np.int64]
-    marks: NDArray[np.uint8]
-
-    def of_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the tokens of rows, in their order."""
-        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
-        ends = np.cumsum(lengths)
-        total = int(ends[-1]) if len(ends) else 0
-        return np.arange(total, dtype=np.int64) + np.repeat(starts - ends + lengths, lengths)
-
-    def marked(self, position: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return, by row, the first token marked as a position (0 where there is none) and how many are."""
-        tokens = np.flatnonzero(self.marks >> position & 1)
-        begin = np.searchsorted(tokens, self.offsets)
-        count = np.diff(begin)
-        first = np.zeros(len(count), np.int64)
-        first[count > 0] = tokens[begin[:-1][count > 0]]
-        return first, count
+    def _unmarked(self, part: Part, index: int) -> list[tuple[int, str, int]]:
+        counts = part.shard.marked(index)[1][part.rows]
+        wrong = np.flatnonzero(counts != 1)
+        return [(int(part.places[i]), self.ids[part.base + int(part.rows[i])], int(counts[i])) for i in wrong]
 
 
 def open_store(path: str | Path) -> Store:
@@ -290,14 +380,18 @@ def open_store(path: str | Path) -> Store:
         StoreError: there is no store, or it is damaged or of a newer format version.
     """
     path = Path(path)
+    return Store(path, *_read(path))
+
+
+def _read(path: Path) -> tuple[StoreHeader, Manifest]:
     header, manifest = read_header(path), read_manifest(path)
     if manifest.damaged:
         warnings.warn(
             f"{path}: line {manifest.damaged[0]} of its manifest is damaged and the rows it sealed are left out. "
             "Run `gapprobe store verify`; opening the store for writing seals them again.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Store(path, header, manifest)
+    return header, manifest
 
 
 def find_stores(folder: str | Path) -> list[Path]:

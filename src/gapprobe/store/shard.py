@@ -1,42 +1,48 @@
-"""One shard: a safetensors file whose sizes are known before the first byte, written layer by layer, read by mapping.
+"""Reading one shard: a safetensors file of which parts are mapped or read. `packing` writes it.
 
 The header of a file is read as hostile: nothing it claims is believed before it fits the size of the file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
-from jaxtyping import Int64, Shaped
+import xxhash
+from jaxtyping import Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gapprobe.errors import StoreError
-from gapprobe.store.disk import reserve, write_all
 from gapprobe.store.format import (
+    BLOCK,
+    CHECKSUMS_TENSOR,
     MAX_JSON_BYTES,
+    ROWS_TENSOR,
     ShardRecord,
-    StoredRow,
+    ShardSize,
     StoreHeader,
     layer_name,
     layout,
     parse_json,
 )
 
-ALIGNMENT = 4096
-CHUNK = 4 << 20
+TOKEN_TENSORS = ("token_ids", "token_positions", "token_roles", "token_marks")
+# Large enough to keep a disk busy, small enough for a cache.
+PIECE = 8 << 20
+# Reading over a gap this small is cheaper than a read for each side of it.
+_GAP = 64 << 10
 _CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "U8": torch.uint8}
 # Tensors that a later version or another program added may have types that we never read; their sizes still count.
-_BYTES = {
+BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
@@ -44,48 +50,7 @@ _BYTES = {
 }
 
 
-def write_shard(
-    descriptor: int, header: StoreHeader, rows: Sequence[StoredRow], metadata: Mapping[str, str]
-) -> tuple[int, str]:
-    """Write rows into an empty file, its header last, and sync it. Return its size and SHA-256."""
-    tokens = sum(len(row.token_ids) for row in rows)
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, (code, shape) in layout(header, len(rows), tokens).items():
-        start, end = end, end + prod(shape) * _BYTES[code]
-        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    # Data begin on a page, so that every tensor of whole pages can be mapped or read directly.
-    text = text.ljust(-(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8)
-    head = len(text).to_bytes(8, "little") + text
-    reserve(descriptor, len(head) + end)
-    digest = hashlib.sha256(head)
-    at = len(head)
-    for tensor in _tensors(header, rows):
-        data = _bytes(tensor)
-        for begin in range(0, len(data), CHUNK):
-            piece = data[begin : begin + CHUNK]
-            digest.update(piece)
-            write_all(descriptor, piece, at)
-            at += len(piece)
-    write_all(descriptor, memoryview(head), 0)
-    os.fsync(descriptor)
-    return at, digest.hexdigest()
-
-
-def _tensors(header: StoreHeader, rows: Sequence[StoredRow]) -> Iterator[Tensor]:
-    """Yield the tensors of `layout`, in its order, one at a time."""
-    lengths = torch.tensor([0, *(len(row.token_ids) for row in rows)])
-    yield lengths.cumsum(0)
-    yield torch.cat([row.token_ids for row in rows])
-    yield torch.cat([row.token_positions for row in rows])
-    for index in range(len(header.layers)):
-        yield torch.cat([row.residual[index] for row in rows])
-    yield torch.cat([row.token_roles for row in rows])
-    yield torch.cat([row.token_marks for row in rows])
-
-
-def _bytes(tensor: Tensor) -> memoryview:
+def as_bytes(tensor: Tensor) -> memoryview:
     """View a contiguous tensor as bytes, which numpy knows where it does not know bfloat16."""
     return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(bytearray())
 
@@ -97,21 +62,37 @@ class Shard:
     path: Path
     rows: int
     tokens: int
+    begin: int
+    """Where the data begin in the file."""
     metadata: Mapping[str, str]
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
     """dtype, shape, and first byte in the file, by name."""
 
     @cached_property
-    def offsets(self) -> Int64[Tensor, " rows_1"]:
+    def offsets(self) -> NDArray[np.int64]:
         """Return where each row's tokens begin, and where the last one's end.
 
         Raises:
             StoreError: they do not rise from 0 to the number of tokens.
         """
-        offsets = self.read("offsets")
-        if int(offsets[0]) != 0 or int(offsets[-1]) != self.tokens or bool((offsets[1:] < offsets[:-1]).any()):
+        offsets = self.read("offsets").numpy()
+        if offsets[0] != 0 or offsets[-1] != self.tokens or (offsets[1:] < offsets[:-1]).any():
             raise StoreError(f"{self.path} is damaged: its offsets do not rise from 0 to {self.tokens}")
         return offsets
+
+    @cached_property
+    def marks(self) -> NDArray[np.uint8]:
+        """Return which positions each token is marked as."""
+        return self.read("token_marks").numpy()
+
+    def marked(self, position: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return, by row, the first token marked as a position (0 where there is none) and how many are."""
+        tokens = np.flatnonzero(self.marks >> position & 1)
+        begin = np.searchsorted(tokens, self.offsets)
+        count = np.diff(begin)
+        first = np.zeros(len(count), np.int64)
+        first[count > 0] = tokens[begin[:-1][count > 0]]
+        return first, count
 
     def tensor(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Map lines `first` to `last` of a tensor, privately: writing to it changes neither file nor later reads.
@@ -124,24 +105,97 @@ class Shard:
         shape = (last - first, *shape[1:])
         if not prod(shape):
             return torch.empty(shape, dtype=_CODES[code])
-        stride = prod(shape[1:]) * _BYTES[code]
+        stride = prod(shape[1:]) * BYTES[code]
         data, at = _map(self.path, begin + first * stride, begin + last * stride)
         return torch.frombuffer(data, dtype=_CODES[code], count=prod(shape), offset=at).view(shape)
 
-    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Read lines of a tensor into memory; unlike a map, the result holds no descriptor."""
-        return self.tensor(name, first, last).clone()
+    def flat(self, name: str, first: int, last: int) -> Shaped[Tensor, "n d"]:
+        """Map lines of a tensor as `tensor` does; its last axis is a line, whatever axes stand before it."""
+        code, shape, begin = self.tensors[name]
+        return replace(self, tensors={name: (code, (prod(shape[:-1]), shape[-1]), begin)}).tensor(name, first, last)
 
-    def layers(self, names: Sequence[str], first: int, last: int) -> Shaped[Tensor, "l t d"]:
-        """Read the same few tokens of several layers, by plain reads: faster than maps for one row."""
-        code, (_, width), _ = self.tensors[names[0]]
-        result = torch.empty(len(names), last - first, width, dtype=_CODES[code])
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Read lines of a tensor into memory; unlike a map, the result holds no descriptor and may lie anywhere."""
+        code, shape, begin = self.tensors[name]
+        last = shape[0] if last is None else last
+        result = torch.empty(last - first, *shape[1:], dtype=_CODES[code])
         if result.numel():
             with _opened(self.path) as descriptor:
-                for index, name in enumerate(names):
-                    at = self.tensors[name][2] + first * width * _BYTES[code]
-                    _read(descriptor, self.path, _bytes(result[index]), at)
+                stride = prod(shape[1:]) * BYTES[code]
+                _read(descriptor, self.path, as_bytes(result), begin + first * stride)
         return result
+
+    def take(
+        self,
+        names: Sequence[str],
+        lines: NDArray[np.int64],
+        out: Shaped[Tensor, "k n d"],
+        places: NDArray[np.int64],
+    ) -> None:
+        """Read the same lines of several tensors into `out[:, places]`, by large sequential reads where lines are near.
+
+        The last axis of a tensor is a line, whatever axes stand before it.
+        """
+        if not len(lines) or not out.numel():
+            return
+        if (lines[1:] <= lines[:-1]).any():
+            order = np.argsort(lines, kind="stable")
+            lines, places = lines[order], places[order]
+        target = out.view(torch.uint8).numpy()
+        stride = target.shape[2]
+        scratch = np.empty((0, stride), np.uint8)
+        with _opened(self.path) as descriptor:
+            for a, b, whole in _spans(lines, stride):
+                first, count, p = int(lines[a]), int(lines[b - 1] - lines[a]) + 1, int(places[a])
+                straight = whole and bool((np.diff(places[a:b]) == 1).all())
+                if not straight and len(scratch) < count:
+                    scratch = np.empty((count, stride), np.uint8)
+                for k, name in enumerate(names):
+                    at = self.tensors[name][2] + first * stride
+                    if straight:
+                        _read(descriptor, self.path, target[k, p : p + count].data.cast("B"), at)
+                    else:
+                        _read(descriptor, self.path, scratch[:count].data.cast("B"), at)
+                        target[k, places[a:b]] = scratch[lines[a:b] - first]
+
+    def span(self, names: Sequence[str], first: int, last: int) -> Shaped[Tensor, "k n d"]:
+        """Read lines one after another of several tensors."""
+        code, shape, _ = self.tensors[names[0]]
+        out = torch.empty(len(names), last - first, shape[-1], dtype=_CODES[code])
+        self.take(names, np.arange(first, last), out, np.arange(last - first))
+        return out
+
+    def table(self) -> bytes:
+        """Return the bytes of the table of rows."""
+        return bytes(as_bytes(self.read(ROWS_TENSOR)))
+
+    def damaged_blocks(self) -> list[tuple[int, int]]:
+        """Return the spans of bytes of the file whose content is not what its checksum was taken of. Reads all."""
+        begin, end = self.begin, self.tensors[CHECKSUMS_TENSOR][2]
+        wanted = bytes(as_bytes(self.read(CHECKSUMS_TENSOR)))
+        bad: list[tuple[int, int]] = []
+        piece = memoryview(bytearray(BLOCK))
+        with _opened(self.path) as descriptor:
+            for number, at in enumerate(range(begin, end, BLOCK)):
+                data = piece[: min(BLOCK, end - at)]
+                _read(descriptor, self.path, data, at)
+                if xxhash.xxh3_64_digest(data) != wanted[8 * number : 8 * number + 8]:
+                    bad.append((at, at + len(data)))
+        return bad
+
+
+def _spans(lines: NDArray[np.int64], stride: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut rising lines where a gap is not worth reading over, and where a piece is full; say which have no gap."""
+    gap, most, steps = max(1, _GAP // stride), max(1, PIECE // stride), np.diff(lines)
+    cuts = (np.flatnonzero(steps > gap) + 1).tolist()
+    for a, b in zip((0, *cuts), (*cuts, len(lines)), strict=True):
+        if (steps[a : b - 1] == 1).all():
+            yield a, b, True
+            continue
+        while a < b:
+            stop = a + int(np.searchsorted(lines[a:b], lines[a] + most))
+            yield a, stop, False
+            a = stop
 
 
 class _opened:
@@ -181,7 +235,7 @@ def _read(descriptor: int, path: Path, target: memoryview, at: int) -> None:
     done = 0
     while done < len(target):
         try:
-            count = os.preadv(descriptor, [target[done:]], at + done)
+            count = os.preadv(descriptor, [target[done:] if done else target], at + done)
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error.strerror}") from error
         if not count:
@@ -209,15 +263,22 @@ def open_shard(path: Path, header: StoreHeader, record: ShardRecord | None = Non
     entries = parse_json(bytes(text), str(path))
     metadata = entries.pop("__metadata__", None)
     tensors = _check_entries(path, entries, 8 + length, size)
-    offsets = tensors.get("offsets", ("", (0,), 0))[1]
-    ids = tensors.get("token_ids", ("", (0,), 0))[1]
-    rows, tokens = (prod(offsets) - 1, prod(ids)) if record is None else (record.rows, record.tokens)
-    for name, wanted in layout(header, rows, tokens).items():
-        if tensors.get(name, ())[:2] != wanted:
-            raise StoreError(f"{path} is damaged: {name} is {tensors.get(name, ('missing',))[:2]}, not {wanted}")
+    lengths = [prod(tensors.get(name, ("", (0,), 0))[1]) for name in ("offsets", "token_ids", ROWS_TENSOR)]
+    claimed = ShardSize(lengths[0] - 1, lengths[1], lengths[2])
+    wanted = claimed if record is None else ShardSize(record.rows, record.tokens, record.rows_bytes)
+    must, may = layout(header, wanted)
+    must[CHECKSUMS_TENSOR] = ("U8", (-(-_checksummed(tensors, 8 + length) // BLOCK), 8))
+    for name, entry in (must | {name: entry for name, entry in may.items() if name in tensors}).items():
+        if tensors.get(name, ())[:2] != entry:
+            raise StoreError(f"{path} is damaged: {name} is {tensors.get(name, ('missing',))[:2]}, not {entry}")
     if not isinstance(metadata, dict) or cast(dict[str, object], metadata).get("fingerprint") != header.fingerprint:
         raise StoreError(f"{path} belongs to another store: its fingerprint differs from that of store.json")
-    return Shard(path, rows, tokens, cast(dict[str, str], metadata), tensors)
+    return Shard(path, wanted.rows, wanted.tokens, 8 + length, cast(dict[str, str], metadata), tensors)
+
+
+def _checksummed(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], begin: int) -> int:
+    """Return how many bytes of data stand before the block checksums."""
+    return tensors[CHECKSUMS_TENSOR][2] - begin if CHECKSUMS_TENSOR in tensors else 0
 
 
 def _check_entries(
@@ -229,11 +290,11 @@ def _check_entries(
         fields = cast(dict[str, object], entry) if isinstance(entry, dict) else {}
         code, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
         numbers = (*shape, *span) if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else (-1,)
-        if not isinstance(code, str) or code not in _BYTES or not all(type(n) is int and n >= 0 for n in numbers):
+        if not isinstance(code, str) or code not in BYTES or not all(type(n) is int and n >= 0 for n in numbers):
             raise StoreError(f"{path} is damaged: its header describes {name!r:.80} as {entry!r:.200}")
         dims = tuple(cast(list[int], shape))
         first, last = cast(list[int], span)
-        if prod(dims) * _BYTES[code] != last - first:
+        if prod(dims) * BYTES[code] != last - first:
             raise StoreError(f"{path} is damaged: {name!r:.80} takes {last - first} bytes, its shape another number")
         found.append((first, last, name, code, dims))
     at = 0
@@ -251,10 +312,10 @@ def layer_names(header: StoreHeader) -> list[str]:
     return [layer_name(layer) for layer in header.layers]
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex."""
-    digest = hashlib.sha256()
+def file_xxh128(path: Path) -> str:
+    """Return the XXH128 of a file in hex, as `xxh128sum` prints it."""
+    digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
-        while piece := stream.read(CHUNK):
+        while piece := stream.read(PIECE):
             digest.update(piece)
     return digest.hexdigest()

@@ -1,18 +1,23 @@
-"""One shard's table of rows: parquet with the column `id` and whatever columns the rows carry."""
+"""One shard's table of rows: parquet with the column `id` and whatever columns the rows carry.
+
+It stands in the shard and, for programs that read parquet, in a file of its own; either will do if the other is lost.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gapprobe.errors import StoreError
-from gapprobe.store.format import ShardRecord, Value, rows_name
+from gapprobe.store.format import ShardRecord, StoredRow, StoreHeader, Value, rows_name, shard_name
+from gapprobe.store.shard import Shard, layer_names, open_shard
 
 ID = "id"
 
@@ -21,11 +26,9 @@ def build_table(ids: Sequence[str], columns: Sequence[Mapping[str, Value]]) -> p
     """Return the table of rows. A value that a row lacks is null.
 
     Raises:
-        StoreError: a column is named `id`, or holds values that do not go together or that no table can hold.
+        StoreError: a column holds values that do not go together.
     """
     names = dict.fromkeys(name for row in columns for name in row)
-    if ID in names:
-        raise StoreError(f"a column is named {ID!r}, which the store keeps for the rows' own ids; rename it")
     arrays = {ID: pa.array(ids, pa.string())}
     for name in names:
         try:
@@ -36,16 +39,33 @@ def build_table(ids: Sequence[str], columns: Sequence[Mapping[str, Value]]) -> p
     return pa.table(arrays)
 
 
-def merge_schemas(known: pa.Schema, new: pa.Schema) -> pa.Schema:
+def row_schema(columns: Mapping[str, Value]) -> pa.Schema:
+    """Return the types of one row's columns.
+
+    Raises:
+        StoreError: a column is named `id`, or holds what no table can hold.
+    """
+    if ID in columns:
+        raise StoreError(f"a column is named {ID!r}, which the store keeps for the rows' own ids; rename it")
+    fields: list[tuple[str, pa.DataType]] = []
+    for name, value in columns.items():
+        try:
+            fields.append((name, pa.scalar(value).type))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise StoreError(f"column {name!r} cannot be stored: {error}. Give it one type in all rows.") from error
+    return pa.schema(fields)
+
+
+def merge_schemas(*schemas: pa.Schema) -> pa.Schema:
     """Return the schema of a store's tables together.
 
     Raises:
         StoreError: a column has another type than before.
     """
     try:
-        return pa.unify_schemas([known, new], promote_options="permissive")
+        return pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
-        raise StoreError(f"a column changes its type: {error}. Keep one type a column.") from error
+        raise StoreError(f"a column changes its type: {error}. Give each column one type in all rows.") from error
 
 
 def encode_table(table: pa.Table) -> bytes:
@@ -55,13 +75,32 @@ def encode_table(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def read_table(store: Path, record: ShardRecord, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read the table of a sealed shard.
+def read_table(store: Path, header: StoreHeader, record: ShardRecord, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the table of a sealed shard: its own file or, where that is missing or damaged, the copy in the shard.
 
     Raises:
-        StoreError: the file is missing, damaged, or does not fit its line of the manifest.
+        StoreError: both are missing, damaged, or do not fit the line of the manifest.
     """
     path = store / rows_name(record.shard)
+    try:
+        content = _checked(path, record)
+    except StoreError as error:
+        try:
+            content = open_shard(store / shard_name(record.shard), header, record).table()
+        except StoreError:
+            raise error from None
+        if hashlib.sha256(content).hexdigest() != record.rows_sha256:
+            raise
+    return decode_table(content, path, record.rows, columns)
+
+
+def check_table(store: Path, record: ShardRecord) -> None:
+    """Raise StoreError unless the table's own file is sound."""
+    path = store / rows_name(record.shard)
+    decode_table(_checked(path, record), path, record.rows, [ID])
+
+
+def _checked(path: Path, record: ShardRecord) -> bytes:
     try:
         if path.stat().st_size != record.rows_bytes:
             raise StoreError(f"{path} has {path.stat().st_size} bytes, the manifest says {record.rows_bytes}")
@@ -71,7 +110,7 @@ def read_table(store: Path, record: ShardRecord, columns: Sequence[str] | None =
     # Checked before parsing: a flipped byte can ask a parquet parser for any amount of memory.
     if hashlib.sha256(content).hexdigest() != record.rows_sha256:
         raise StoreError(f"{path} is damaged: its checksum is not that of the manifest. Run `gapprobe store verify`.")
-    return decode_table(content, path, record.rows, columns)
+    return content
 
 
 def decode_table(content: bytes, path: Path, rows: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -86,3 +125,19 @@ def decode_table(content: bytes, path: Path, rows: int, columns: Sequence[str] |
     if len(ids) != rows or ids.null_count or len(set(ids.to_pylist())) != rows:
         raise StoreError(f"{path} is damaged: it does not name {rows} rows, each once")
     return table
+
+
+def shard_rows(shard: Shard, header: StoreHeader, table: pa.Table) -> Iterator[StoredRow]:
+    """Read the rows of a shard one by one; `table` is its table."""
+    names, offsets = layer_names(header), shard.offsets.tolist()
+    for number, columns in enumerate(cast(list[dict[str, Value]], table.to_pylist())):
+        first, last = offsets[number], offsets[number + 1]
+        yield StoredRow(
+            id=cast(str, columns.pop(ID)),
+            columns=columns,
+            residual=shard.span(names, first, last),
+            token_ids=shard.read("token_ids", first, last),
+            token_positions=shard.read("token_positions", first, last),
+            token_roles=shard.read("token_roles", first, last),
+            token_marks=shard.read("token_marks", first, last),
+        )

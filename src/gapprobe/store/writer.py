@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +23,14 @@ from torch import Tensor
 
 from gapprobe.errors import OutputError, StoreError
 from gapprobe.files import as_output_error, sync_folder
-from gapprobe.store import disk
+from gapprobe.store import disk, sealing
+from gapprobe.store.arena import Arena, token_bytes
 from gapprobe.store.format import (
-    FORMAT,
     LOCK_FILE,
     MANIFEST_FILE,
     ROWS,
     SHARDS,
     STORE_FILE,
-    VERSION,
     ShardRecord,
     StoredRow,
     StoreHeader,
@@ -37,8 +38,18 @@ from gapprobe.store.format import (
     shard_name,
 )
 from gapprobe.store.manifest import listed_numbers, read_header, read_manifest
-from gapprobe.store.shard import file_sha256, open_shard, write_shard
-from gapprobe.store.table import ID, build_table, decode_table, encode_table, merge_schemas, read_table
+from gapprobe.store.packing import write_shard
+from gapprobe.store.shard import file_xxh128, open_shard
+from gapprobe.store.table import (
+    ID,
+    build_table,
+    decode_table,
+    encode_table,
+    merge_schemas,
+    read_table,
+    row_schema,
+    shard_rows,
+)
 
 _TOKEN_DTYPES = {
     "token_ids": (torch.int64, torch.int32),
@@ -52,32 +63,40 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 class StoreWriter:
     """Appends rows to the store at `path`, which is made if there is none. Several may append to one store at once.
 
-    What an earlier, killed writer left is adopted where it is whole and cleared away where it is not.
+    Rows are copied into memory; a full shard is sealed by a thread in the background while the next one fills. What an
+    earlier, killed writer left is adopted where it is whole and cleared away where it is not.
 
     Args:
         path: folder of the store.
         header: what the rows have in common; must agree with that of an existing store.
-        shard_bytes: a shard is sealed before it grows past this; also the memory the writer takes.
+        shard_bytes: a shard is sealed before it grows past this. The writer takes at most twice as much memory, one
+            shard filling and one being written, or twice the largest batch.
 
     Raises:
-        StoreError: the store belongs to another run, has a newer format, or is damaged.
+        StoreError: the store belongs to another run, has another format, or is damaged.
         OutputError: the folder holds something else, or cannot be written.
     """
 
     def __init__(self, path: str | Path, header: StoreHeader, shard_bytes: int = 256 << 20) -> None:
         self.path = Path(path)
         self.header = header
-        self.shard_bytes = shard_bytes
+        # Held for what the thread changes and callers read.
+        self._guard = threading.Lock()
         self._ids: set[str] = set()
         self._numbers: set[int] = set()
         self._schema = pa.schema([(ID, pa.string())])
-        self._pending: dict[str, StoredRow] = {}
-        self._pending_bytes = 0
+        self._types: dict[str, set[pa.DataType]] = {}
+        self._capacity = max(1, shard_bytes // token_bytes(header))
+        self._filling = Arena(header, self._capacity)
+        self._full: Arena | None = None
+        self._spare: Arena | None = None
+        self._taken: set[str] = set()
+        self._thread = ThreadPoolExecutor(1, "gapprobe-store")
+        self._sealing: Future[None] | None = None
         with self._failing("the store cannot be opened for writing"):
             stored = _create(self.path, header)
             stored.refuse_difference(header, str(self.path))
-            # Another torch is no reason to refuse, but the rows it made must be told apart.
-            self._extra = {} if stored.versions == header.versions else {"versions": dict(header.versions)}
+            self._stored_versions = stored.versions
             with self._locked() as locked:
                 self._refresh()
                 if locked:
@@ -86,121 +105,189 @@ class StoreWriter:
     @property
     def ids(self) -> frozenset[str]:
         """Return the ids of all sealed rows that this writer knows of: as of its last sealing, or its opening."""
-        return frozenset(self._ids)
+        with self._guard:
+            return frozenset(self._ids)
 
     def append(self, rows: Sequence[StoredRow]) -> int:
         """Take a batch of rows, all of which land in one shard. Rows whose id is stored or taken already are left out.
 
-        The tensors are copied. They are safe once sealed: by `flush`, `close`, or when the shard is full.
+        The tensors are copied. Rows are safe once sealed: after `flush` or `close`, or in time when a shard is full.
 
         Returns:
             How many rows were new.
 
         Raises:
             StoreError: a row does not fit the header, or a column changes its type.
-            OutputError: a shard could not be written.
+            OutputError: an earlier shard could not be written. Its rows are still in hand; this batch was not taken.
         """
         new: dict[str, StoredRow] = {}
         for row in rows:
             self._check(row)
-            if row.id not in self._ids and row.id not in self._pending:
+            if row.id not in self._taken and row.id not in self._ids:
                 new.setdefault(row.id, row)
-        batch = [_copied(row) for row in new.values()]
-        if not batch:
+        if not new:
             return 0
-        self._schema = merge_schemas(self._schema, _table(batch).schema)
-        size = sum(_bytes(row) for row in batch)
-        if self._pending and self._pending_bytes + size > self.shard_bytes:
-            self.flush()
-        self._pending |= {row.id: row for row in batch}
-        self._pending_bytes += size
-        if self._pending_bytes >= self.shard_bytes:
-            self.flush()
+        batch = list(new.values())
+        self._check_columns(batch)
+        if not self._filling.fits(batch):
+            if self._filling.ids:
+                self._hand_over()
+            if not self._filling.fits(batch):
+                self._filling = Arena(self.header, sum(len(row.token_ids) for row in batch))
+        for row in batch:
+            self._filling.add(row)
+        self._taken |= new.keys()
+        if self._filling.full and self._idle:
+            self._hand_over()
         return len(batch)
 
-    def flush(self) -> None:
+    def flush(self, wait: bool = True) -> None:
         """Seal the rows in hand. After an OutputError they are still in hand, and flushing again is sound.
+
+        Args:
+            wait: until they are safe; otherwise sealing goes on in the background, and only an earlier shard is waited
+                for.
 
         Raises:
             OutputError: they could not be written; names the reason.
         """
-        while self._pending:
-            with self._failing(f"{len(self._pending)} rows could not be stored"):
-                self._seal(list(self._pending.values()))
-            self._pending = {id_: row for id_, row in self._pending.items() if id_ not in self._ids}
-            self._pending_bytes = sum(_bytes(row) for row in self._pending.values())
+        self._settle()
+        if self._filling.ids:
+            self._hand_over()
+        if wait:
+            self._settle()
 
     def close(self) -> None:
         """Seal the rows in hand. Nothing else is held open."""
         self.flush()
+        self._thread.shutdown()
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Seal the rows in hand, also when the caller failed; not when the failure was ours to write."""
-        if not isinstance(error, OutputError):
-            self.flush()
+        try:
+            if not isinstance(error, OutputError):
+                self.flush()
+        finally:
+            self._thread.shutdown()
 
-    def _seal(self, rows: list[StoredRow]) -> None:
-        """Write rows to temporaries, then publish them; publish nothing when another writer was first with a row."""
-        table = encode_table(_table(rows))
-        checksum = hashlib.sha256(table).hexdigest()
-        metadata = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "fingerprint": self.header.fingerprint,
-            "rows_bytes": str(len(table)),
-            "rows_sha256": checksum,
-        }
+    def adopt(self, file: Path, record: ShardRecord) -> int:
+        """Seal a shard that was written elsewhere, with the same header, under a number that is free here.
+
+        Args:
+            file: the shard, on the file system of the store; it stays where it is.
+            record: its line in the manifest that it comes from.
+
+        Returns:
+            How many of its rows were new.
+
+        Raises:
+            StoreError: it is damaged or not of such a store, or a column has another type there.
+            OutputError: it could not be sealed.
+        """
+        shard = open_shard(file, self.header, record)
+        if file_xxh128(file) != record.shard_xxh128:
+            raise StoreError(f"{file} is damaged: its checksum is not that of the manifest it came with")
+        content = shard.table()
+        if hashlib.sha256(content).hexdigest() != record.rows_sha256:
+            raise StoreError(f"{file} is damaged: its table of rows is not that of the manifest it came with")
+        table = decode_table(content, file, record.rows)
+        self._settle()
+        versions = self.header.versions if record.versions is None else record.versions
+        ids = cast(list[str], table.column(ID).to_pylist())
         with (
-            disk.temporary(self.path / SHARDS) as (shard, shard_descriptor),
-            disk.temporary(self.path / ROWS) as (rows_file, rows_descriptor),
+            self._failing(f"{record.rows} rows could not be stored"),
+            sealing.new_rows_file(self.path, content) as rows_file,
         ):
-            size, digest = write_shard(shard_descriptor, self.header, rows, metadata)
-            disk.write_all(rows_descriptor, memoryview(table), 0)
-            os.fsync(rows_descriptor)
+            disk.sync(file)
             with self._locked() as locked:
                 self._refresh()
-                if any(row.id in self._ids for row in rows):
-                    return
-                number = self._publish(shard, rows_file)
-                tokens = sum(len(row.token_ids) for row in rows)
-                self._record(ShardRecord(number, len(rows), tokens, size, digest, len(table), checksum), locked)
-        self._ids |= {row.id for row in rows}
-        self._numbers.add(number)
+                whole = self._taken.isdisjoint(ids) and self._ids.isdisjoint(ids)
+                if whole:
+                    self._learn_schema(table.schema)
+                    number = sealing.publish(self.path, file, rows_file, self._numbers)
+                    self._record(replace(record, shard=number), versions, locked)
+                    self._learn(number, ids)
+        return record.rows if whole else self.append(list(shard_rows(shard, self.header, table)))
 
-    def _publish(self, shard: Path, rows: Path) -> int:
-        """Give both files the next free number. Linking is what makes a number ours, lock or no lock."""
-        number = max(self._numbers | listed_numbers(self.path), default=-1) + 1
-        while True:
-            if disk.publish(shard, self.path / shard_name(number)):
-                if disk.publish(rows, self.path / rows_name(number)):
-                    break
-                (self.path / shard_name(number)).unlink()
-            number += 1
-        sync_folder(self.path / SHARDS)
-        sync_folder(self.path / ROWS)
-        return number
+    @property
+    def _idle(self) -> bool:
+        """Return whether the thread could take a shard now, and nothing went wrong with the one before."""
+        if self._sealing is None:
+            return self._full is None
+        return self._sealing.done() and self._sealing.exception() is None
 
-    def _record(self, record: ShardRecord, locked: bool) -> None:
-        """Append a line to the manifest. Where there is no room for it, take the files back."""
+    def _hand_over(self) -> None:
+        """Have the thread seal the rows in hand, once it is done with those before."""
+        self._settle()
+        self._full, self._filling = self._filling, self._spare or Arena(self.header, self._capacity)
+        self._spare = None
+        self._sealing = self._thread.submit(self._seal, self._full)
+
+    def _settle(self) -> None:
+        """Wait until the rows handed over are sealed; try once more if that failed before."""
+        if self._full is None:
+            return
+        if self._sealing is None:
+            self._sealing = self._thread.submit(self._seal, self._full)
         try:
-            disk.append_line(self.path / MANIFEST_FILE, record.to_line(self._extra), locked)
-        except OSError:
-            with suppress(OSError):
-                if record not in read_manifest(self.path).records:
-                    _remove(self.path, record.shard)
+            self._sealing.result()
+        except Exception:
+            self._sealing = None
             raise
+        arena, self._full, self._sealing = self._full, None, None
+        arena.clear()
+        self._taken = set(self._filling.ids)
+        # A batch larger than a shard made this one; its memory is not kept.
+        self._spare = arena if arena.capacity == self._capacity else None
+
+    def _seal(self, arena: Arena) -> None:
+        """Write rows to temporaries, then publish them; begin anew without those that another writer was first with."""
+        while arena.ids:
+            with self._failing(f"{len(arena.ids)} rows could not be stored"):
+                table = encode_table(build_table(arena.ids, arena.columns))
+                checksum = hashlib.sha256(table).hexdigest()
+                with (
+                    disk.temporary(self.path / SHARDS) as (shard, descriptor),
+                    sealing.new_rows_file(self.path, table) as rows_file,
+                ):
+                    size, digest = write_shard(descriptor, self.header, arena, table)
+                    with self._locked() as locked:
+                        self._refresh()
+                        again = self._ids.intersection(arena.ids)
+                        if not again:
+                            number = sealing.publish(self.path, shard, rows_file, self._numbers)
+                            record = ShardRecord(
+                                number, len(arena.ids), arena.tokens, size, digest, len(table), checksum
+                            )
+                            self._record(record, self.header.versions, locked)
+                            self._learn(number, arena.ids)
+                            return
+                arena.drop(again)
+
+    def _record(self, record: ShardRecord, versions: Mapping[str, str], locked: bool) -> None:
+        """Seal a published shard. Another torch is no reason to refuse, but the rows it made must be told apart."""
+        noted = None if versions == self._stored_versions else versions
+        sealing.record(self.path, replace(record, versions=noted), locked)
 
     def _refresh(self) -> None:
         """Learn of the shards that other writers have sealed."""
         for record in read_manifest(self.path).records:
             if record.shard not in self._numbers:
-                table = read_table(self.path, record)
-                self._ids.update(table.column(ID).to_pylist())
-                self._schema = merge_schemas(self._schema, table.schema)
-                self._numbers.add(record.shard)
+                table = read_table(self.path, self.header, record)
+                self._learn_schema(table.schema)
+                self._learn(record.shard, table.column(ID).to_pylist())
+
+    def _learn(self, number: int, ids: Iterable[str]) -> None:
+        with self._guard:
+            self._ids.update(ids)
+            self._numbers.add(number)
+
+    def _learn_schema(self, *schemas: pa.Schema) -> None:
+        with self._guard:
+            self._schema = merge_schemas(self._schema, *schemas)
 
     def _recover(self) -> None:
         """Clear up behind writers that died. Under the lock, so no live writer is between publishing and recording."""
@@ -208,37 +295,37 @@ class StoreWriter:
             disk.clear_temporaries(folder)
         disk.cut_torn_line(self.path / MANIFEST_FILE)
         for number in sorted(listed_numbers(self.path) - self._numbers):
-            shard, rows = self.path / shard_name(number), self.path / rows_name(number)
-            # A writer publishes the shard, then the rows; with one alone, or an empty claim, nothing can be told of it.
-            if not (shard.exists() and rows.exists() and shard.stat().st_size and rows.stat().st_size):
-                _remove(self.path, number)
+            shard = self.path / shard_name(number)
+            # A writer publishes the shard, then the rows; of an empty claim, or rows alone, nothing can be told.
+            if not shard.exists() or not shard.stat().st_size:
+                sealing.remove(self.path, number)
                 continue
-            # Whatever else is wrong with a pair is no killed writer's work: it stays, for `verify` to name.
+            # Whatever else is wrong with a shard is no killed writer's work: it stays, for `verify` to name.
             with suppress(StoreError):
-                self._adopt(number)
+                self._adopt_published(number)
 
-    def _adopt(self, number: int) -> None:
-        """Record a published pair that its writer did not live to record; remove it when its rows were stored again."""
-        path = self.path / rows_name(number)
-        shard = open_shard(self.path / shard_name(number), self.header)
-        content = path.read_bytes()
-        checksum = hashlib.sha256(content).hexdigest()
-        if checksum != shard.metadata.get("rows_sha256") or len(shard.offsets) != shard.rows + 1:
-            raise StoreError(f"{path} is not the table of shard {number}")
+    def _adopt_published(self, number: int) -> None:
+        """Record a shard that its writer did not live to record; remove it when its rows were stored again."""
+        path = self.path / shard_name(number)
+        shard = open_shard(path, self.header)
+        content = shard.table()
         table = decode_table(content, path, shard.rows)
-        ids = set(table.column(ID).to_pylist())
-        if ids <= self._ids:
-            _remove(self.path, number)
-        elif not ids & self._ids:
-            schema = merge_schemas(self._schema, table.schema)
-            size, digest = shard.path.stat().st_size, file_sha256(shard.path)
+        ids = table.column(ID).to_pylist()
+        if self._ids.issuperset(ids):
+            sealing.remove(self.path, number)
+        elif self._ids.isdisjoint(ids) and not shard.damaged_blocks() and shard.offsets[-1] == shard.tokens:
+            self._learn_schema(table.schema)
+            rows = self.path / rows_name(number)
+            if not rows.exists() or rows.read_bytes() != content:
+                with sealing.new_rows_file(self.path, content) as temporary:
+                    os.replace(temporary, rows)
             for folder in (SHARDS, ROWS):
                 sync_folder(self.path / folder)
+            checksum = hashlib.sha256(content).hexdigest()
+            size, digest = path.stat().st_size, file_xxh128(path)
             record = ShardRecord(number, shard.rows, shard.tokens, size, digest, len(content), checksum)
-            disk.append_line(self.path / MANIFEST_FILE, record.to_line(self._extra), locked=True)
-            self._ids |= ids
-            self._numbers.add(number)
-            self._schema = schema
+            self._record(record, self.header.versions, locked=True)
+            self._learn(number, ids)
 
     def _check(self, row: StoredRow) -> None:
         """Raise StoreError unless the row fits the header."""
@@ -262,6 +349,19 @@ class StoreWriter:
                 )
         if tokens and int(row.token_marks.max()) >> len(header.positions):
             raise StoreError(f"{where}: token_marks marks a position that the header does not name")
+
+    def _check_columns(self, batch: Sequence[StoredRow]) -> None:
+        """Raise StoreError unless each column keeps its type; learn new ones."""
+        found = {
+            field
+            for row in batch
+            for field in row_schema(row.columns)
+            if field.type not in self._types.get(field.name, ())
+        }
+        if found:
+            self._learn_schema(*(pa.schema([field]) for field in found))
+            for field in found:
+                self._types.setdefault(field.name, set()).add(field.type)
 
     def _locked(self) -> AbstractContextManager[bool]:
         return disk.exclusive(self.path / LOCK_FILE)
@@ -292,34 +392,6 @@ def _create(path: Path, header: StoreHeader) -> StoreHeader:
         (path / folder).mkdir(exist_ok=True)
     sync_folder(path)
     return stored
-
-
-def _remove(path: Path, number: int) -> None:
-    """Remove an unrecorded pair, rows first: a number is free again only when its shard is gone."""
-    (path / rows_name(number)).unlink(missing_ok=True)
-    (path / shard_name(number)).unlink(missing_ok=True)
-
-
-def _copied(row: StoredRow) -> StoredRow:
-    """Return the row with tensors of its own, on the CPU: the caller's may change, or keep a whole batch in memory."""
-    return replace(
-        row,
-        columns=dict(row.columns),
-        residual=row.residual.detach().to("cpu", copy=True).contiguous(),
-        token_ids=row.token_ids.to("cpu", torch.int64, copy=True),
-        token_positions=row.token_positions.to("cpu", torch.int64, copy=True),
-        token_roles=row.token_roles.to("cpu", copy=True),
-        token_marks=row.token_marks.to("cpu", copy=True),
-    )
-
-
-def _table(rows: Sequence[StoredRow]) -> pa.Table:
-    return build_table([row.id for row in rows], [row.columns for row in rows])
-
-
-def _bytes(row: StoredRow) -> int:
-    """Return how much of a shard the row takes."""
-    return row.residual.numel() * row.residual.element_size() + 18 * len(row.token_ids) + 8
 
 
 def _encodable(text: str) -> bool:

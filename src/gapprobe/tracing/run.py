@@ -30,7 +30,7 @@ from gapprobe.tracing.plan import BYTES, DiskNeed, batches, row_ids
 
 # Positions by name, and the role of the token there.
 POSITIONS: Mapping[str, str] = {"last_input": "answer_cue", "last_output": "answer"}
-# A killed run loses at most the work of this many seconds.
+# A killed run loses at most the work of this many seconds, and what is being written.
 SEAL_SECONDS = 30.0
 
 
@@ -101,7 +101,7 @@ def capture(
                 writer.append(run.batch([examples[i] for i in batch], [ids[i] for i in batch]))
                 bar.update(len(wanted))
                 if time.monotonic() - sealed > SEAL_SECONDS:
-                    writer.flush()
+                    writer.flush(wait=False)
                     sealed = time.monotonic()
     return open_store(out)
 

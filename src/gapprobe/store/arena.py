@@ -1,0 +1,128 @@
+"""Memory for the rows of one shard, laid out as the shard will be: a layer's tokens side by side.
+
+Copying a row in is the only copy between the caller's tensors and the file, and an arena is used again and again,
+for the first touch of fresh memory costs as much as writing it to a disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from jaxtyping import Int64, Shaped, UInt8
+from torch import Tensor
+
+from gapprobe.store.format import StoredRow, StoreHeader, Value
+
+# Rows without tokens take no room in a shard, but their columns do in memory.
+MAX_ROWS = 1 << 16
+
+
+def token_bytes(header: StoreHeader) -> int:
+    """Return how much of a shard a token takes."""
+    return len(header.layers) * header.width * header.torch_dtype.itemsize + 18
+
+
+class Arena:
+    """Room for `capacity` tokens, which takes memory only as it is filled.
+
+    Attributes:
+        ids, columns: of the rows, in their order.
+        tokens: how many are taken.
+    """
+
+    def __init__(self, header: StoreHeader, capacity: int) -> None:
+        self.capacity = capacity
+        self._positions = len(header.positions)
+        self._residual = torch.empty(len(header.layers), capacity, header.width, dtype=header.torch_dtype)
+        self._numbers = torch.empty(2, capacity, dtype=torch.int64)
+        self._codes = torch.empty(2, capacity, dtype=torch.uint8)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows; the memory stays."""
+        self.ids: list[str] = []
+        self.columns: list[Mapping[str, Value]] = []
+        self.tokens = 0
+        self._ends = [0]
+
+    def fits(self, rows: Sequence[StoredRow]) -> bool:
+        """Return whether these rows, together, have room."""
+        return (
+            self.tokens + sum(len(row.token_ids) for row in rows) <= self.capacity
+            and len(self.ids) + len(rows) <= MAX_ROWS
+        )
+
+    @property
+    def full(self) -> bool:
+        """Return whether no row with tokens would fit any more."""
+        return self.tokens >= self.capacity or len(self.ids) >= MAX_ROWS
+
+    def add(self, row: StoredRow) -> None:
+        """Copy a row that fits."""
+        here = slice(self.tokens, self.tokens + len(row.token_ids))
+        self._residual[:, here].copy_(row.residual.detach())
+        self._numbers[0, here].copy_(row.token_ids)
+        self._numbers[1, here].copy_(row.token_positions)
+        self._codes[0, here].copy_(row.token_roles)
+        self._codes[1, here].copy_(row.token_marks)
+        self.tokens = here.stop
+        self.ids.append(row.id)
+        self.columns.append(dict(row.columns))
+        self._ends.append(self.tokens)
+
+    def drop(self, ids: Collection[str]) -> None:
+        """Take rows out and close the gaps."""
+        kept = [i for i, id_ in enumerate(self.ids) if id_ not in ids]
+        names, columns, ends = self.ids, self.columns, self._ends
+        self.clear()
+        for i in kept:
+            here = slice(self.tokens, self.tokens + ends[i + 1] - ends[i])
+            for tensor in (self._residual, self._numbers, self._codes):
+                # Rows only move towards the front, but may overlap where they were.
+                tensor[:, here] = tensor[:, ends[i] : ends[i + 1]].clone()
+            self.tokens = here.stop
+            self.ids.append(names[i])
+            self.columns.append(columns[i])
+            self._ends.append(self.tokens)
+
+    @property
+    def offsets(self) -> Int64[Tensor, " n_1"]:
+        """Return where each row's tokens begin, and where the last one's end."""
+        return torch.tensor(self._ends)
+
+    @property
+    def residual(self) -> Shaped[Tensor, "l t d"]:
+        """Return the residuals, each layer of them contiguous."""
+        return self._residual[:, : self.tokens]
+
+    @property
+    def token_ids(self) -> Int64[Tensor, " t"]:
+        """Return the tokens' numbers in the vocabulary."""
+        return self._numbers[0, : self.tokens]
+
+    @property
+    def token_positions(self) -> Int64[Tensor, " t"]:
+        """Return the tokens' places in their sequences."""
+        return self._numbers[1, : self.tokens]
+
+    @property
+    def token_roles(self) -> UInt8[Tensor, " t"]:
+        """Return the tokens' roles."""
+        return self._codes[0, : self.tokens]
+
+    @property
+    def token_marks(self) -> UInt8[Tensor, " t"]:
+        """Return which positions the tokens are marked as."""
+        return self._codes[1, : self.tokens]
+
+    def at_position(self, position: int) -> Shaped[Tensor, "l n d"]:
+        """Return the residuals of each row's one token at a position; zeros where it has none or several."""
+        marked = self.token_marks >> position & 1
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), marked.cumsum(0, dtype=torch.int64)])[self.offsets]
+        # The number of the marked token, counting marked tokens only, is how many were marked before its row.
+        single = (before.diff() == 1).nonzero()[:, 0]
+        tokens = marked.nonzero()[:, 0][before[single]]
+        result = torch.zeros(len(self._residual), len(self.ids), self._residual.shape[2], dtype=self._residual.dtype)
+        result[:, single] = self.residual[:, tokens]
+        return result

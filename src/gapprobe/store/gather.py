@@ -1,0 +1,103 @@
+"""Which lines of which shards make up what was asked for, and reading them: several shards at once, in large pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Shaped
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gapprobe.store.format import position_name
+from gapprobe.store.shard import PIECE, Shard
+
+# Enough reads in flight to keep a disk busy; more only fight over memory.
+_READERS = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one shard.
+
+    Attributes:
+        base: number in the store of the shard's first row.
+        rows: numbers of the rows in the shard.
+        places: where they stand among all rows asked for.
+    """
+
+    shard: Shard
+    base: int
+    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Lines of some tensors of one shard, and where in the result they go."""
+
+    shard: Shard
+    names: Sequence[str]
+    lines: NDArray[np.int64]
+    places: NDArray[np.int64]
+
+    @property
+    def consecutive(self) -> bool:
+        """Return whether the lines stand in the shard as they are wanted."""
+        return bool((np.diff(self.lines) == 1).all() and (np.diff(self.places) == 1).all())
+
+    def run(self, out: Shaped[Tensor, "k n d"]) -> None:
+        """Read the lines into their places."""
+        self.shard.take(self.names, self.lines, out, self.places)
+
+
+def token_offsets(parts: Sequence[Part]) -> NDArray[np.int64]:
+    """Return where the tokens of each row begin among those of all rows asked for, and where the last one's end."""
+    lengths = np.zeros(sum(len(part.rows) for part in parts), np.int64)
+    for part in parts:
+        lengths[part.places] = part.shard.offsets[part.rows + 1] - part.shard.offsets[part.rows]
+    return np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
+
+
+def token_jobs(parts: Sequence[Part], names: Sequence[str]) -> list[Job]:
+    """Return what to read for all tokens of rows."""
+    base = token_offsets(parts)
+    jobs: list[Job] = []
+    for part in parts:
+        starts = part.shard.offsets[part.rows]
+        lengths = part.shard.offsets[part.rows + 1] - starts
+        within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        if len(within):
+            lines, places = np.repeat(starts, lengths), np.repeat(base[part.places], lengths)
+            jobs.append(Job(part.shard, names, within + lines, within + places))
+    return jobs
+
+
+def position_jobs(parts: Sequence[Part], layer: int, name: str, position: int) -> list[Job]:
+    """Return what to read for each row's one token at a position, from its dense copy where the shard has one.
+
+    Args:
+        parts: rows that each have exactly one such token.
+        layer: its index in the header.
+        name: the layer's tensor.
+        position: its index in the header.
+    """
+    dense = position_name(position)
+    return [
+        Job(part.shard, [dense], part.rows + layer * part.shard.rows, part.places)
+        if dense in part.shard.tensors
+        else Job(part.shard, [name], part.shard.marked(position)[0][part.rows], part.places)
+        for part in parts
+    ]
+
+
+def run_jobs(jobs: Sequence[Job], out: Shaped[Tensor, "k n d"]) -> None:
+    """Read all jobs into `out`, several shards at once where it pays for the threads."""
+    if len(jobs) == 1 or out.numel() * out.element_size() < PIECE:
+        for job in jobs:
+            job.run(out)
+    else:
+        with ThreadPoolExecutor(_READERS, "gapprobe-read") as pool:
+            list(pool.map(lambda job: job.run(out), jobs))
