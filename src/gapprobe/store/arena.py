@@ -71,6 +71,16 @@ class Arena:
         self.columns.append(dict(row.columns))
         self._ends.append(self.tokens)
 
+    def claim(self, ids: Sequence[str], lengths: Sequence[int]) -> slice:
+        """Take room for rows without columns; return which tokens are theirs, to be filled through the views below."""
+        first = self.tokens
+        for id_, length in zip(ids, lengths, strict=True):
+            self.tokens += length
+            self.ids.append(id_)
+            self.columns.append({})
+            self._ends.append(self.tokens)
+        return slice(first, self.tokens)
+
     def drop(self, ids: Collection[str]) -> None:
         """Take rows out and close the gaps."""
         kept = [i for i, id_ in enumerate(self.ids) if id_ not in ids]
@@ -123,6 +133,8 @@ class Arena:
         # The number of the marked token, counting marked tokens only, is how many were marked before its row.
         single = (before.diff() == 1).nonzero()[:, 0]
         tokens = marked.nonzero()[:, 0][before[single]]
+        if len(single) == len(self.ids):
+            return self.residual[:, tokens]
         result = torch.zeros(len(self._residual), len(self.ids), self._residual.shape[2], dtype=self._residual.dtype)
         result[:, single] = self.residual[:, tokens]
         return result

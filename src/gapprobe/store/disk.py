@@ -36,16 +36,20 @@ def temporary(folder: Path) -> Generator[tuple[Path, int], None, None]:
         path.unlink(missing_ok=True)
 
 
-def clear_temporaries(folder: Path) -> None:
-    """Take away the temporaries of writers that died."""
+def clear_temporaries(folder: Path, dry_run: bool = False) -> dict[Path, int]:
+    """Take away the temporaries of writers that died; return which, and their bytes."""
+    found: dict[Path, int] = {}
     for path in folder.glob(f"{TEMPORARY}*"):
         with suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 if _try_lock(descriptor):
-                    path.unlink()
+                    found[path] = os.fstat(descriptor).st_size
+                    if not dry_run:
+                        path.unlink()
             finally:
                 os.close(descriptor)
+    return found
 
 
 @contextmanager

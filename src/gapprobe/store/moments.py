@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 # As many numbers as fit a core's cache in float32.
-_PIECE = 1 << 18
+_PIECE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -49,40 +49,54 @@ def combine(parts: Iterable[Moments], width: int) -> Moments:
     return Moments(count, mean, squares / count)
 
 
-def moments(x: Float[Tensor, "t d"]) -> Moments:
-    """Return the moments of tokens, in one pass.
+def moments(x: Float[Tensor, "t d"], tokens: Int64[Tensor, " n"] | None = None) -> Moments:
+    """Return the moments of some tokens, or of all, in one pass.
 
-    Sums are taken of distances to the first token: a dimension with a large mean would lose its variance otherwise.
-    Within a piece they are float32, over pieces float64.
+    Sums are taken of distances to a rough mean: a dimension with a large mean would lose its variance otherwise. Within
+    a piece they are float32, over pieces float64.
     """
-    count, width = x.shape
-    first, total = torch.zeros(2, width, dtype=torch.float64)
+    count = len(x) if tokens is None else len(tokens)
+    width = x.shape[1]
     if not count:
         return combine([], width)
-    origin = x[0].float()
-    for piece in x.split(max(64, _PIECE // width)):
-        apart = piece.float() - origin
-        first += apart.sum(0)
-        total += apart.square_().sum(0)
+    every = max(1, count // 32)
+    rough = (x[::every] if tokens is None else x[tokens[::every]]).float().mean(0)
+    size = min(count, max(64, _PIECE // width))
+    # The same memory for all pieces: touching fresh memory costs more than all the arithmetic.
+    chosen, apart = torch.empty(size, width, dtype=x.dtype), torch.empty(size, width)
+    first, total = torch.zeros(2, width, dtype=torch.float64)
+    for start in range(0, count, size):
+        here = slice(start, min(start + size, count))
+        n = here.stop - start
+        piece = x[here] if tokens is None else torch.index_select(x, 0, tokens[here], out=chosen[:n])
+        distance = apart[:n].copy_(piece).sub_(rough)
+        first += distance.sum(0)
+        total += distance.square_().sum(0)
     first /= count
-    return Moments(count, origin.double() + first, (total / count - first.square()).clamp_(min=0))
+    return Moments(count, rough.double() + first, (total / count - first.square()).clamp_(min=0))
 
 
 def by_position(
     residual: Float[Tensor, "l t d"], marks: UInt8[Tensor, " t"], positions: int
 ) -> tuple[Int64[Tensor, " g"], Float32[Tensor, "g l d"], Float32[Tensor, "g l d"]]:
     """Return count, mean and standard deviation of all tokens (group 0) and of those at each position (1 and on)."""
-    layers, _, width = residual.shape
-    # Tokens marked alike go together, so that each is read once whatever groups it is in.
+    layers, tokens, width = residual.shape
+    at = [(marks >> i & 1).nonzero()[:, 0] for i in range(positions)]
+    # Where most tokens are marked, those marked alike go together, so that each is read once whatever groups it is in.
+    # Where few are, reading these twice is cheaper than picking the others.
     kinds = {int(kind): (marks == kind).nonzero()[:, 0] for kind in marks.unique()}
+    whole = len(kinds) == 1 or 2 * sum(map(len, at)) <= tokens
     members = [list(kinds), *([kind for kind in kinds if kind >> i & 1] for i in range(positions))]
-    count = torch.tensor([sum(len(kinds[kind]) for kind in group) for group in members])
-    mean, std = torch.zeros(2, len(members), layers, width)
+    count = torch.tensor([tokens, *map(len, at)])
+    mean, std = torch.zeros(2, positions + 1, layers, width)
     for layer in range(layers):
-        alone = len(kinds) == 1
-        parts = {k: moments(residual[layer] if alone else residual[layer][rows]) for k, rows in kinds.items()}
-        for g, group in enumerate(members):
-            if group:
-                found = combine([parts[kind] for kind in group], width)
-                mean[g, layer], std[g, layer] = found.mean.float(), found.std.float()
+        x = residual[layer]
+        if whole:
+            found = [moments(x), *(moments(x, here) for here in at)]
+        else:
+            parts = {kind: moments(x, here) for kind, here in kinds.items()}
+            found = [combine([parts[kind] for kind in group], width) for group in members]
+        for g, group in enumerate(found):
+            if group.count:
+                mean[g, layer], std[g, layer] = group.mean.float(), group.std.float()
     return count, mean, std
