@@ -1,8 +1,10 @@
 import dataclasses
 import errno
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -357,3 +359,81 @@ def test_two_writers_in_turn_store_each_row_once(tmp_path):
     assert a.ids == {row.id for row in rows[:6]}
     assert b.ids == {row.id for row in rows}
     assert holds(tmp_path, rows)
+
+
+def test_the_next_shard_fills_while_the_disk_writes(tmp_path, monkeypatch):
+    rows = some_rows(9)
+    release, waiting = threading.Event(), threading.Event()
+    real = os.fsync
+
+    def slow(descriptor):
+        waiting.set()
+        assert release.wait(30)
+        real(descriptor)
+
+    with StoreWriter(tmp_path, HEADER, shard_bytes=1) as writer:
+        monkeypatch.setattr(os, "fsync", slow)
+        writer.append(rows[:3])
+        assert waiting.wait(30)
+        # The first shard hangs in the disk, the second one is taken all the same; both are in hand, neither is sealed.
+        assert writer.append(rows[3:6]) == 3
+        assert writer.append(rows[:6]) == 0
+        assert writer.ids == frozenset()
+        blocked = threading.Thread(target=writer.append, args=(rows[6:],))
+        blocked.start()
+        blocked.join(0.2)
+        assert blocked.is_alive()  # There is memory for two shards, not for three.
+        release.set()
+        blocked.join(30)
+    assert holds(tmp_path, rows)
+
+
+def test_a_disk_that_fails_in_the_background_is_told_at_the_next_call_and_loses_nothing(tmp_path, monkeypatch):
+    rows = some_rows(6)
+    writer = StoreWriter(tmp_path, HEADER, shard_bytes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing_pwrite)
+        writer.append(rows[:3])
+        for _ in range(2):
+            with pytest.raises(OutputError, match="3 rows could not be stored: the disk is full"):
+                writer.flush()
+        writer.append(rows[3:4])
+        with pytest.raises(OutputError, match="the disk is full"):
+            writer.append(rows[4:])
+    assert writer.append(rows[4:]) == 2
+    writer.close()
+    assert holds(tmp_path, rows)
+
+
+def failing_pwrite(*_):
+    raise OSError(errno.ENOSPC, "injected")
+
+
+def test_memory_stays_within_twice_the_size_of_a_shard(tmp_path):
+    """As the writer states it; 512 MB pass through 2 times 32 MB, in a process that does nothing else."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        grown, sealed = pool.apply(grow_in_child, (tmp_path / "s", 32 << 20))
+    assert sealed >= 15
+    # Buffers for moments, the table and what the allocator keeps.
+    assert grown < 2 * (32 << 20) + (24 << 20)
+
+
+def grow_in_child(path, shard_bytes):
+    """Write rows of 1 MB; return by how much resident memory grew at most, and how many shards were sealed."""
+    torch.set_num_threads(1)
+    header = reheaded(width=4096, layers=tuple(range(8)))
+    row = make_row("warm", 16, header)
+    write(path.with_name("warm"), [row], header)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    with StoreWriter(path, header, shard_bytes) as writer:
+        for i in range(512):
+            writer.append([dataclasses.replace(row, id=str(i))])
+    return memory("VmHWM") - before, len(list((path / "shards").iterdir()))
+
+
+def memory(name):
+    """A line of /proc/self/status, in bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) << 10

@@ -35,6 +35,7 @@ class Arena:
         self.capacity = capacity
         self._positions = len(header.positions)
         self._residual = torch.empty(len(header.layers), capacity, header.width, dtype=header.torch_dtype)
+        self._bytes = self._residual.view(torch.uint8).numpy()
         self._numbers = torch.empty(2, capacity, dtype=torch.int64)
         self._codes = torch.empty(2, capacity, dtype=torch.uint8)
         self.clear()
@@ -61,7 +62,8 @@ class Arena:
     def add(self, row: StoredRow) -> None:
         """Copy a row that fits."""
         here = slice(self.tokens, self.tokens + len(row.token_ids))
-        self._residual[:, here].copy_(row.residual.detach())
+        # numpy copies in the calling thread; torch would wake threads that sealing needs.
+        self._bytes[:, here] = row.residual.detach().cpu().contiguous().view(torch.uint8).numpy()
         self._numbers[0, here].copy_(row.token_ids)
         self._numbers[1, here].copy_(row.token_positions)
         self._codes[0, here].copy_(row.token_roles)

@@ -260,7 +260,7 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]
 def layout(header: StoreHeader, size: ShardSize) -> tuple[Layout, Layout]:
     """Return the tensors that a shard must have and those that it may have: safetensors dtype and shape by name."""
     code, tokens = DTYPES[header.dtype][0], size.tokens
-    groups, layers = len(header.positions) + 1, len(header.layers)
+    positions, layers = len(header.positions), len(header.layers)
     must: Layout = {
         "offsets": ("I64", (size.rows + 1,)),
         "token_ids": ("I64", (tokens,)),
@@ -271,10 +271,10 @@ def layout(header: StoreHeader, size: ShardSize) -> tuple[Layout, Layout]:
         ROWS_TENSOR: ("U8", (size.table,)),
     }
     may: Layout = {
-        "moments.count": ("I64", (groups,)),
-        "moments.mean": ("F32", (groups, layers, header.width)),
-        "moments.std": ("F32", (groups, layers, header.width)),
-        **{position_name(i): (code, (layers, size.rows, header.width)) for i in range(len(header.positions))},
+        "moments.count": ("I64", (positions,)),
+        "moments.mean": ("F32", (positions, layers, header.width)),
+        "moments.std": ("F32", (positions, layers, header.width)),
+        **{position_name(i): (code, (layers, size.rows, header.width)) for i in range(positions)},
     }
     return must, may
 

@@ -1,6 +1,7 @@
 """Count, mean and standard deviation of residuals by layer and position, taken while a shard is written.
 
-A shard keeps them for all its tokens and for each marked position, so that standardising needs no pass over the data.
+A shard keeps them for each marked position, so that standardising needs no pass over the data. Of all tokens they are
+taken when asked for: while writing, that would cost more than the disk does.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
-# As many numbers as fit a core's cache in float32.
-_PIECE = 1 << 17
+# So few numbers are left to one thread by torch, and fit its core's cache; the other core has a disk to serve.
+_PIECE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def moments(x: Float[Tensor, "t d"], tokens: Int64[Tensor, " n"] | None = None) 
         return combine([], width)
     every = max(1, count // 32)
     rough = (x[::every] if tokens is None else x[tokens[::every]]).float().mean(0)
-    size = min(count, max(64, _PIECE // width))
+    size = min(count, max(8, _PIECE // width))
     # The same memory for all pieces: touching fresh memory costs more than all the arithmetic.
     chosen, apart = torch.empty(size, width, dtype=x.dtype), torch.empty(size, width)
     first, total = torch.zeros(2, width, dtype=torch.float64)
@@ -78,25 +79,12 @@ def moments(x: Float[Tensor, "t d"], tokens: Int64[Tensor, " n"] | None = None) 
 
 def by_position(
     residual: Float[Tensor, "l t d"], marks: UInt8[Tensor, " t"], positions: int
-) -> tuple[Int64[Tensor, " g"], Float32[Tensor, "g l d"], Float32[Tensor, "g l d"]]:
-    """Return count, mean and standard deviation of all tokens (group 0) and of those at each position (1 and on)."""
-    layers, tokens, width = residual.shape
+) -> tuple[Int64[Tensor, " p"], Float32[Tensor, "p l d"], Float32[Tensor, "p l d"]]:
+    """Return count, mean and standard deviation of the tokens at each position; zeros where there are none."""
     at = [(marks >> i & 1).nonzero()[:, 0] for i in range(positions)]
-    # Where most tokens are marked, those marked alike go together, so that each is read once whatever groups it is in.
-    # Where few are, reading these twice is cheaper than picking the others.
-    kinds = {int(kind): (marks == kind).nonzero()[:, 0] for kind in marks.unique()}
-    whole = len(kinds) == 1 or 2 * sum(map(len, at)) <= tokens
-    members = [list(kinds), *([kind for kind in kinds if kind >> i & 1] for i in range(positions))]
-    count = torch.tensor([tokens, *map(len, at)])
-    mean, std = torch.zeros(2, positions + 1, layers, width)
-    for layer in range(layers):
-        x = residual[layer]
-        if whole:
-            found = [moments(x), *(moments(x, here) for here in at)]
-        else:
-            parts = {kind: moments(x, here) for kind, here in kinds.items()}
-            found = [combine([parts[kind] for kind in group], width) for group in members]
-        for g, group in enumerate(found):
-            if group.count:
-                mean[g, layer], std[g, layer] = group.mean.float(), group.std.float()
-    return count, mean, std
+    mean, std = torch.zeros(2, positions, len(residual), residual.shape[2])
+    for i, here in enumerate(at):
+        for layer in range(len(residual) if len(here) else 0):
+            found = moments(residual[layer], here)
+            mean[i, layer], std[i, layer] = found.mean.float(), found.std.float()
+    return torch.tensor([len(here) for here in at], dtype=torch.int64), mean, std

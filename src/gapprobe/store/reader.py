@@ -246,30 +246,29 @@ class Store:
         )
 
     def moments(self, layer: int, position: str | None = None) -> Moments:
-        """Return count, mean and variance of the residuals after a layer, taken while they were written.
+        """Return count, mean and variance of the residuals after a layer.
 
         Args:
             layer: one of `header.layers`.
-            position: one of `header.positions`, or all tokens.
+            position: one of `header.positions`: as taken while they were written, without a pass over the data. Of all
+                tokens they are taken now.
 
         Raises:
             StoreError: the layer or position is not in the store, or a file is damaged.
         """
         index = self._layer_indices([layer])[0]
-        group = 0 if position is None else self._position_index(position) + 1
-        layers = len(self.header.layers)
-        parts: list[Moments] = []
-        for shard in map(self._shard, self.records):
-            if not shard.tokens:
-                continue
-            if "moments.count" in shard.tensors:
-                line = group * layers + index
-                mean, std = (shard.flat(name, line, line + 1)[0].double() for name in ("moments.mean", "moments.std"))
-                parts.append(Moments(int(shard.read("moments.count")[group]), mean, std.square()))
-            else:
-                marked = np.ones(shard.tokens, bool) if group == 0 else shard.marks >> (group - 1) & 1 == 1
-                parts.append(moments(shard.tensor(layer_name(layer))[torch.from_numpy(marked)]))
-        return combine(parts, self.header.width)
+        group = None if position is None else self._position_index(position)
+        return combine(
+            (self._moments(shard, index, group) for shard in map(self._shard, self.records)), self.header.width
+        )
+
+    def _moments(self, shard: Shard, layer: int, position: int | None) -> Moments:
+        if position is not None and "moments.count" in shard.tensors:
+            line = position * len(self.header.layers) + layer
+            mean, std = (shard.flat(name, line, line + 1)[0].double() for name in ("moments.mean", "moments.std"))
+            return Moments(int(shard.read("moments.count")[position]), mean, std.square())
+        marked = None if position is None else torch.from_numpy(np.flatnonzero(shard.marks >> position & 1))
+        return moments(shard.tensor(layer_name(self.header.layers[layer])), marked)
 
     def info(self) -> StoreInfo:
         """Return what the store holds."""

@@ -38,8 +38,8 @@ from gapprobe.store.format import (
 TOKEN_TENSORS = ("token_ids", "token_positions", "token_roles", "token_marks")
 # Large enough to keep a disk busy, small enough for a cache.
 PIECE = 8 << 20
-# Reading over a gap this small is cheaper than a read for each side of it.
-_GAP = 64 << 10
+# Reading over a gap this small is cheaper than a read for each side of it: the disk gives whole pages.
+_GAP = 4 << 10
 _CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "U8": torch.uint8}
 # Tensors that a later version or another program added may have types that we never read; their sizes still count.
 BYTES = {
@@ -87,12 +87,18 @@ class Shard:
 
     def marked(self, position: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return, by row, the first token marked as a position (0 where there is none) and how many are."""
-        tokens = np.flatnonzero(self.marks >> position & 1)
-        begin = np.searchsorted(tokens, self.offsets)
-        count = np.diff(begin)
-        first = np.zeros(len(count), np.int64)
-        first[count > 0] = tokens[begin[:-1][count > 0]]
-        return first, count
+        if position not in self._marked:
+            tokens = np.flatnonzero(self.marks >> position & 1)
+            begin = np.searchsorted(tokens, self.offsets)
+            count = np.diff(begin)
+            first = np.zeros(len(count), np.int64)
+            first[count > 0] = tokens[begin[:-1][count > 0]]
+            self._marked[position] = first, count
+        return self._marked[position]
+
+    @cached_property
+    def _marked(self) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        return {}
 
     def tensor(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Map lines `first` to `last` of a tensor, privately: writing to it changes neither file nor later reads.
@@ -143,20 +149,30 @@ class Shard:
             lines, places = lines[order], places[order]
         target = out.view(torch.uint8).numpy()
         stride = target.shape[2]
-        scratch = np.empty((0, stride), np.uint8)
+        spans = [
+            (a, b, whole and bool((np.diff(places[a:b]) == 1).all()), int(lines[b - 1] - lines[a]) + 1)
+            for a, b, whole in _spans(lines, stride)
+        ]
+        scratch = np.empty(
+            (max((count for _, _, straight, count in spans if not straight), default=0), stride), np.uint8
+        )
+        asked = len(spans) * len(names) == 1
         with _opened(self.path) as descriptor:
-            for a, b, whole in _spans(lines, stride):
-                first, count, p = int(lines[a]), int(lines[b - 1] - lines[a]) + 1, int(places[a])
-                straight = whole and bool((np.diff(places[a:b]) == 1).all())
-                if not straight and len(scratch) < count:
-                    scratch = np.empty((count, stride), np.uint8)
-                for k, name in enumerate(names):
-                    at = self.tensors[name][2] + first * stride
-                    if straight:
-                        _read(descriptor, self.path, target[k, p : p + count].data.cast("B"), at)
-                    else:
-                        _read(descriptor, self.path, scratch[:count].data.cast("B"), at)
-                        target[k, places[a:b]] = scratch[lines[a:b] - first]
+            for k, name in enumerate(names):
+                begin = self.tensors[name][2]
+                for a, b, straight, count in spans:
+                    into = target[k, int(places[a]) :][:count] if straight else scratch[:count]
+                    data, at = into.data.cast("B"), begin + int(lines[a]) * stride
+                    if asked or not _read_cached(descriptor, data, at):
+                        if not asked:
+                            # The disk would have to be waited for: have it fetch all of it, in the order that suits it.
+                            for other in names:
+                                for c, _, _, size in spans:
+                                    _ask_for(descriptor, self.tensors[other][2] + int(lines[c]) * stride, size * stride)
+                            asked = True
+                        _read(descriptor, self.path, data, at)
+                    if not straight:
+                        target[k, places[a:b]] = into[lines[a:b] - lines[a]]
 
     def span(self, names: Sequence[str], first: int, last: int) -> Shaped[Tensor, "k n d"]:
         """Read lines one after another of several tensors."""
@@ -241,6 +257,20 @@ def _read(descriptor: int, path: Path, target: memoryview, at: int) -> None:
         if not count:
             raise StoreError(f"{path} is truncated: it ends before byte {at + len(target)}")
         done += count
+
+
+def _read_cached(descriptor: int, target: memoryview, at: int) -> bool:
+    """Read what is in memory already; return False where the disk would have to be waited for, or who knows."""
+    try:
+        return os.preadv(descriptor, [target], at, os.RWF_NOWAIT) == len(target)
+    # Linux alone has the flag, and not all of its file systems.
+    except (OSError, AttributeError):
+        return False
+
+
+def _ask_for(descriptor: int, at: int, size: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, at, size, os.POSIX_FADV_WILLNEED)
 
 
 def open_shard(path: Path, header: StoreHeader, record: ShardRecord | None = None) -> Shard:
