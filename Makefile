@@ -32,7 +32,8 @@ unit: $(VENV)/.dev browser ## pytest, on all cores
 browser: $(VENV)/.dev ## a Chromium for the tests of the report, if there is none
 	$(BIN)/python tests/browser.py --install
 
-bench: $(VENV)/.dev ## timings of the demo's steps, as JSON (python -m benchmarks.demo)
+bench: $(VENV)/.dev ## the store against its peers, then the demo's steps, as JSON (benchmarks/README.md)
+	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.demo
 
 seeds: $(VENV)/.dev ## train both demo models again, three seeds each (about an hour; examples/digits/README.md)

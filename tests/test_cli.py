@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from gapprobe.demo import FOLDER
+from tests.store.damage import flip
+from tests.store.rows import holds, some_rows, write
 
 COMMANDS = [
     [],
@@ -20,8 +22,7 @@ COMMANDS = [
     ["models", "list"],
     ["models", "check"],
     ["store"],
-    ["store", "info"],
-    ["store", "verify"],
+    *[["store", command] for command in ("info", "verify", "repair", "merge", "compact", "gc")],
 ]
 # The trained toys are too small to gain from threads, and tests run beside each other.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -116,7 +117,8 @@ def test_a_study_step_by_step_and_then_whole(config: Path, tmp_path: Path) -> No
         (("study", "run", "nowhere.toml"), "nowhere.toml does not exist"),
         (("study", "run"), "give a configuration"),
         (("models", "check", "."), "no config.json"),
-        (("store", "info", "."), "no gapprobe store"),
+        *[(("store", command, "."), "no gapprobe store") for command in ("info", "verify", "repair", "compact", "gc")],
+        (("store", "merge", ".", "--into", "all"), "no gapprobe store"),
         (("report", "."), "results.json does not exist"),
     ],
 )
@@ -126,6 +128,48 @@ def test_an_error_is_one_line_and_exit_code_1(arguments: tuple[str, ...], messag
     assert message in done.stderr
     assert done.stderr.startswith("gapprobe: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_store_is_verified_repaired_merged_compacted_and_cleared_up(tmp_path: Path) -> None:
+    write(tmp_path / "runs/a", some_rows(9))
+    write(tmp_path / "runs/b", some_rows(18)[9:])
+    flip(tmp_path / "runs/a/shards/000001.safetensors", 4200)
+
+    broken = gapprobe("store", "verify", "runs", cwd=tmp_path)
+    assert broken.returncode == 1
+    assert "runs/b: sound" in broken.stdout
+    assert "rows row 3, row 4, row 5" in broken.stdout
+    assert "gapprobe store repair runs/a" in broken.stdout
+    told = gapprobe("store", "verify", "runs", "--json", cwd=tmp_path)
+    assert told.returncode == 1
+    assert [len(store["problems"]) for store in json.loads(told.stdout)] == [1, 0]
+
+    refused = gapprobe("store", "merge", "runs", "--into", "runs/all", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "gapprobe store repair" in refused.stderr
+    repaired = gapprobe("store", "repair", "runs", "--json", cwd=tmp_path)
+    assert repaired.returncode == 0, repaired.stderr
+    assert {store["path"]: store["lost"] for store in json.loads(repaired.stdout)} == {
+        "runs/a": ["row 3", "row 4", "row 5"], "runs/all": [], "runs/b": [],
+    }  # fmt: skip
+    assert (tmp_path / "runs/a/damaged/lost-000000.txt").read_text() == "row 3\nrow 4\nrow 5\n"
+    assert "nothing to repair" in gapprobe("store", "repair", "runs", cwd=tmp_path).stdout
+    write(tmp_path / "runs/a", some_rows(9))
+
+    merged = gapprobe("store", "merge", "runs", "--into", "runs/all", cwd=tmp_path)
+    assert "runs/all: 3 rows are new, 15 were there already" in merged.stdout
+    assert holds(tmp_path / "runs/all", some_rows(18))
+
+    compacted = gapprobe("store", "compact", "runs/all", "--shard-mb", "1", cwd=tmp_path)
+    assert "6 shards became 1" in compacted.stdout
+    told = gapprobe("store", "gc", "runs", "--dry-run", "--damaged", cwd=tmp_path)
+    assert "runs/all: 12 files" in told.stdout
+    assert "damaged/000001.safetensors" in told.stdout
+    assert "would be removed" in told.stdout
+    assert "removed" in gapprobe("store", "gc", "runs", "--damaged", cwd=tmp_path).stdout
+    assert not (tmp_path / "runs/a/damaged").exists()
+    assert gapprobe("store", "verify", "runs", cwd=tmp_path).returncode == 0
+    assert holds(tmp_path / "runs/all", some_rows(18))
 
 
 def test_models_list_names_the_families() -> None:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FENCES = [
     pytest.param(code, id=f"{page.name}-{number}")
-    # The example of the store's format is run by tests/store/test_format.py, on a store.
+    # The examples of stores are run by tests/store: test_format.py and test_exporting.py.
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("[!s]*.md"))]
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 ]

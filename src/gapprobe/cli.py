@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.extras import SubcommandApp
 
-from gapprobe.errors import GapprobeError
+from gapprobe.errors import ConfigError, GapprobeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ Positional = tyro.conf.Positional
 Family = Literal["llava", "instructblip", "both"]
 Config = Annotated[Positional[Path], tyro.conf.arg(metavar="CONFIG.toml", help="the study")]
 OUT = Path("gapprobe-study")
+Stores = Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="a store, or a folder of stores")]
+Url = Annotated[Positional[str], tyro.conf.arg(metavar="URL", help="s3://bucket/name, gs://…, sftp://…, or a folder")]
+Transfers = Annotated[int, tyro.conf.arg(help="shards at once; each takes some 70 MB of memory")]
 Out = Annotated[Path, tyro.conf.arg(help="output folder", metavar="DIR")]
 
 app = SubcommandApp()
@@ -195,9 +199,7 @@ def check(
 
 
 @store.command
-def info(
-    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="a store, or a folder of stores")],
-) -> None:
+def info(folder: Stores) -> None:
     """Say what an activation store holds: model, layers, positions, rows, errors, size.
 
     For example:
@@ -211,25 +213,126 @@ def info(
 
 @store.command
 def verify(
-    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="a store, or a folder of stores")],
+    folder: Stores,
+    as_json: Annotated[bool, tyro.conf.arg(name="json", help="print every problem with the ids of its rows")] = False,
 ) -> None:
-    """Check every byte of a store against its manifest. Exits with 1 when something is wrong.
+    """Read every byte of a store: checksums, offsets, NaN and infinities. Exits with 1 when something is wrong.
+
+    Names the rows that damage touches, as few as the checksums of each MiB allow. Writes nothing.
 
     For example:
         gapprobe store verify gapprobe-demo/store
+        gapprobe store verify runs --json | jq '.[].problems[].rows'
     """
     from gapprobe.store.reader import find_stores
     from gapprobe.store.verify import verify_store
 
-    wrong = False
-    for path in find_stores(folder):
-        problems = verify_store(path)
-        wrong = wrong or bool(problems)
-        print(f"{path}: {'sound' if not problems else f'{len(problems)} problems'}")
-        for problem in problems:
-            print(f"  {problem}")
-    if wrong:
+    found = {path: verify_store(path) for path in find_stores(folder)}
+    if as_json:
+        _print([{"store": str(p), "problems": [asdict(each) for each in problems]} for p, problems in found.items()])
+    else:
+        for path, problems in found.items():
+            print(f"{path}: {'sound' if not problems else f'{len(problems)} problems'}")
+            for problem in problems:
+                print(f"  {problem}")
+            if problems:
+                print(f"  to mend what can be mended: gapprobe store repair {path}")
+    if any(found.values()):
         sys.exit(1)
+
+
+@store.command
+def repair(
+    folder: Stores,
+    like: Annotated[
+        Path | None, tyro.conf.arg(help="a store of the same model and settings, if store.json is lost", metavar="DIR")
+    ] = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json", help="print all that was done, with all ids")] = False,
+) -> None:
+    """Bring a damaged store back to its largest consistent state, and say what must be captured again.
+
+    Rows that no damage touches are kept, bit for bit. Nothing is deleted: damaged files are moved to damaged/ in the
+    store, until gapprobe store gc --damaged. The capture that made the store makes what is lost again when it is run
+    once more. Exits with 0 when the store is whole again, whether rows were lost or not.
+
+    For example:
+        gapprobe store repair gapprobe-demo/store
+        gapprobe store repair runs/mine --json | jq -r '.[].lost[]'
+    """
+    from gapprobe.store.reader import find_stores
+    from gapprobe.store.repairing import repair_store
+
+    # Without its store.json a store is not found by it.
+    stores = [folder] if like is not None else find_stores(folder)
+    done = [repair_store(path, like) for path in stores]
+    if as_json:
+        _print([asdict(each) | {"path": str(each.path)} for each in done])
+    else:
+        for each in done:
+            print(each)
+
+
+@store.command
+def merge(
+    sources: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DIR …", help="stores, or folders of them")],
+    into: Annotated[Path, tyro.conf.arg(help="the store that gets the rows; made if there is none", metavar="DIR")],
+) -> None:
+    """Bring the rows of several stores of one model and one kind of run together in one.
+
+    Rows that the target has already are left out. Sources stay as they are; on one file system no residual is copied.
+    Stopped half-way, the same command goes on where it was.
+
+    For example:
+        gapprobe store merge runs/node-0 runs/node-1 --into runs/all
+    """
+    from gapprobe.store.merging import merge_stores
+    from gapprobe.store.reader import find_stores
+
+    found = dict.fromkeys(path for source in sources for path in find_stores(source))
+    # A folder of stores may hold the target of an earlier merge.
+    print(merge_stores([path for path in found if path in sources or path.resolve() != into.resolve()], into))
+
+
+@store.command
+def compact(
+    folder: Stores,
+    shard_mb: Annotated[int, tyro.conf.arg(help="size of a shard; memory is one and a half times that")] = 256,
+) -> None:
+    """Join small shards, as many short runs leave them, into larger ones. Rows, order and bits stay as they are.
+
+    Needs room for the new shards beside the old ones, which stay until gapprobe store gc for programs that have the
+    store open. Writers may go on meanwhile.
+
+    For example:
+        gapprobe store compact gapprobe-demo/store
+        gapprobe store compact runs/mine --shard-mb 512
+    """
+    from gapprobe.store.compacting import compact_store
+    from gapprobe.store.reader import find_stores
+
+    for path in find_stores(folder):
+        print(compact_store(path, shard_mb << 20))
+
+
+@store.command
+def gc(
+    folder: Stores,
+    dry_run: Annotated[bool, tyro.conf.arg(help="only say what would be removed")] = False,
+    damaged: Annotated[bool, tyro.conf.arg(help="remove what repairs moved to damaged/, too")] = False,
+) -> None:
+    """Remove what no row needs: temporaries of runs that died, and old files of compacted or repaired shards.
+
+    A file goes only if all its rows are sealed in another one that is there. Files of unknown names stay.
+
+    For example:
+        gapprobe store gc gapprobe-demo/store --dry-run
+        gapprobe store gc runs/mine --damaged
+    """
+    from gapprobe.store.clearing import collect_garbage
+    from gapprobe.store.reader import find_stores
+
+    for path in find_stores(folder):
+        print(collect_garbage(path, dry_run, damaged))
 
 
 def _run(configs: Sequence[StudyConfig], out: Path) -> None:
@@ -248,13 +351,136 @@ def _study(config: Path, out: Path) -> Study:
     return Study(load_config(config), out)
 
 
-def _print(result: Mapping[str, object]) -> None:
+@store.command(name="import")
+def import_activations(
+    activations: Annotated[
+        Positional[Path], tyro.conf.arg(metavar="FILE", help=".safetensors, .npy, .npz, folder of .npy, or export")
+    ],
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="the store")],
+    labels: Annotated[Path | None, tyro.conf.arg(metavar="TABLE", help=".csv, .tsv or .parquet, a line a row")] = None,
+    position: Annotated[str, tyro.conf.arg(help="what to call the last token of each row")] = "last_input",
+    layers: Annotated[
+        tuple[int, ...] | None, tyro.conf.arg(help="numbers of an array's layers, or a selection")
+    ] = None,
+    mask: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npy", help="[n, tokens], true for real tokens")] = None,
+    lengths: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npy", help="[n], real tokens of each row")] = None,
+    token_ids: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npy", help="of the shape of the tokens")] = None,
+    model: Annotated[str | None, tyro.conf.arg(help="folder or Hugging Face id; loaded, so that lenses work")] = None,
+    name: Annotated[str | None, tyro.conf.arg(help="of the model, if it is not to be loaded")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, tyro.conf.arg(help="convert to this")] = None,
+    allow_nonfinite: Annotated[bool, tyro.conf.arg(help="store NaN and infinities too")] = False,
+) -> None:
+    """Make a store of activations that you already have. The same command again adds nothing, or goes on.
+
+    Layer 0 is the embeddings, layer l what block l leaves. Tensors by layer are named 7, layer_7, residual.07, or as
+    TransformerLens names them.
+
+    For example:
+        gapprobe store import acts.safetensors my-store --labels labels.csv
+        gapprobe store import acts.npy my-store --lengths lengths.npy --model llava-hf/llava-v1.6-vicuna-7b-hf
+    """
+    from gapprobe.models.loading import load_model
+    from gapprobe.store.importing import import_activations as import_
+
+    if model is not None and name is not None:
+        raise ConfigError("--model and --name both say what the activations come from; give one of them")
+    source = Path(model) if model is not None and Path(model).exists() else model
+    made = import_(
+        folder,
+        activations,
+        labels,
+        position=position,
+        layers=layers,
+        mask=mask,
+        lengths=lengths,
+        token_ids=token_ids,
+        model=name if source is None else load_model(source, dtype="auto"),
+        dtype=dtype,
+        allow_nonfinite=allow_nonfinite,
+        progress=True,
+    )
+    print(made.info())
+
+
+@store.command
+def export(
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="the store")],
+    target: Annotated[Positional[Path], tyro.conf.arg(metavar="TARGET", help="folder to make")],
+    format: Annotated[Literal["numpy", "transformer_lens", "datasets"], tyro.conf.arg(help="for which tool")] = "numpy",
+    rows: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="ids, one a line; all if not given")] = None,
+    layers: Annotated[tuple[int, ...] | None, tyro.conf.arg(help="some of the store's; all if not given")] = None,
+    position: Annotated[str | None, tyro.conf.arg(help="only this token of each row; all if not given")] = None,
+    padding_side: Annotated[Literal["left", "right"], tyro.conf.arg(help="of transformer_lens")] = "left",
+) -> None:
+    """Write a store for numpy, TransformerLens or Hugging Face datasets. `gapprobe store import` reads it back.
+
+    For example:
+        gapprobe store export my-store for-numpy --layers 0 16 32 --position last_input
+        gapprobe store export my-store for-lens --format transformer_lens
+    """
+    from gapprobe.store.exporting import export_store
+    from gapprobe.store.reader import open_store
+
+    if rows is not None and not rows.is_file():
+        raise ConfigError(f"--rows {rows} is no file; give a text file with an id a line")
+    made = export_store(
+        open_store(folder),
+        target,
+        format,
+        rows=None if rows is None else filter(None, rows.read_text(encoding="utf-8").split("\n")),
+        layers="all" if layers is None else layers,
+        position=position,
+        padding_side=padding_side,
+    )
+    print(made)
+
+
+@store.command
+def push(
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="a store")],
+    url: Url,
+    verify: Annotated[bool, tyro.conf.arg(help="compare the content of what arrived, not only its size")] = True,
+    recheck: Annotated[bool, tyro.conf.arg(help="compare what was pushed before, too; send it again if bad")] = False,
+    transfers: Transfers = 4,
+) -> None:
+    """Send a store to S3 or any other place that fsspec reaches. Stopped, the same command goes on where it was.
+
+    What lies there is a store, too. Only what is missing is sent, and it is compared once it has arrived. Keys and
+    endpoints come from the environment (AWS_PROFILE, AWS_ENDPOINT_URL, …) or fsspec's configuration.
+
+    For example:
+        gapprobe store push gapprobe-demo/store/llava s3://my-bucket/llava
+    """
+    from gapprobe.store.pushing import push
+
+    print(push(folder, url, verify=verify, recheck=recheck, transfers=transfers))
+
+
+@store.command
+def pull(
+    url: Url,
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="the store, made if there is none")],
+    transfers: Transfers = 4,
+) -> None:
+    """Bring the shards of a store elsewhere that are missing here. Stopped, the same command goes on where it was.
+
+    For example:
+        gapprobe store pull s3://my-bucket/llava llava-store
+    """
+    from gapprobe.store.pulling import pull
+
+    print(pull(url, folder, transfers=transfers))
+
+
+def _print(result: Mapping[str, object] | Sequence[Mapping[str, object]]) -> None:
     print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
 app.command(study, name="study", help="run the whole study, or its steps, from a configuration file")
 app.command(models, name="models", help="the families of models that can be traced, and whether a model passes")
-app.command(store, name="store", help="what an activation store holds, and whether it is sound")
+app.command(
+    store, name="store", help="activation stores: look, check, mend, join, bring activations in and out"
+)
 
 
 def main(args: list[str] | None = None) -> None:

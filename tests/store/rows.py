@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from gapprobe.errors import StoreError
+from gapprobe.store import table
 from gapprobe.store.format import ROLES, StoredRow, StoreHeader
 from gapprobe.store.reader import open_store
 from gapprobe.store.writer import StoreWriter
@@ -129,3 +131,24 @@ def die_at_call(path: Path, number: int, links: bool) -> None:
 def reheaded(**changes) -> StoreHeader:
     """The usual header with other fields."""
     return replace(HEADER, **changes)
+
+
+def unpack_in_child(path: Path, limit: int) -> None:
+    """Entry of a child process: look at the rows of a store whose tables are to take at most `limit` MiB.
+
+    Ends with 0 if that was a StoreError after at most twice as much memory.
+    """
+    table.MAX_TABLE_BYTES = limit << 20
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak_mib()
+    try:
+        open_store(path).rows
+    except StoreError:
+        os._exit(0 if _peak_mib() - before <= 2 * limit else 2)
+    os._exit(1)
+
+
+def _peak_mib() -> int:
+    """Return the most memory that was resident since it was last asked to forget."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10

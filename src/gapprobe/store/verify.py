@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from gapprobe.errors import StoreError
-from gapprobe.store.format import MANIFEST_FILE, ShardRecord, StoreHeader, rows_name, shard_name
+from gapprobe.store.examining import Examined, examine_all, published_ids
+from gapprobe.store.format import MANIFEST_FILE, StoreHeader, rows_name, shard_name
 from gapprobe.store.manifest import listed_numbers, read_header, read_manifest
-from gapprobe.store.shard import file_sha256, layer_names, open_shard
-from gapprobe.store.table import ID, read_table
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,16 @@ class Problem:
         return f"{self.file}: {self.what} (rows {', '.join(self.rows[:3])}{more})"
 
 
-def verify_store(path: str | Path) -> list[Problem]:
-    """Return what is wrong with the store at `path`, nothing when it is sound. Reads every byte, writes nothing.
+def verify_store(path: str | Path, progress: bool = True) -> list[Problem]:
+    """Return what is wrong with the store at `path`, nothing when it is sound. Reads every byte once, writes nothing.
 
-    What a killed run leaves (temporaries, a torn last line of the manifest) is no problem: writing goes on over it.
+    Any change of any byte of shards, tables of rows and manifest is found, and the rows it touches are named: as few as
+    the checksums of each 2^20 bytes allow, none where only header, statistics or copies are touched. What a killed run
+    leaves (temporaries, a torn last line of the manifest, shards whose rows are all sealed elsewhere) is no problem.
+
+    Args:
+        path: the folder.
+        progress: show a bar when it takes longer than a moment.
     """
     path = Path(path)
     try:
@@ -41,52 +45,53 @@ def verify_store(path: str | Path) -> list[Problem]:
     except StoreError as error:
         return [Problem(str(path), str(error))]
     published = listed_numbers(path)
-    problems = [
-        Problem(MANIFEST_FILE, f"line {number} is damaged; the rows it sealed are not seen until they are sealed again")
-        for number in manifest.damaged
-    ]
+    problems = damaged_lines(manifest.damaged)
     seen: set[str] = set()
-    for record in manifest.records:
-        ids, found = _verify_rows(path, record)
-        problems += found + _verify_shard(path, header, record, ids)
-        again = tuple(id_ for id_ in ids if id_ in seen)
+    for found in examine_all(path, header, manifest.records, f"verify {path.name}", progress):
+        problems += problems_of(found)
+        again = tuple(id_ for id_ in found.ids if id_ in seen)
         if again:
-            problems.append(Problem(rows_name(record.shard), "rows that an earlier shard holds already", again))
-        seen.update(ids)
+            problems.append(repeated(found.number, again))
+        seen.update(found.ids)
     # Read again: a live writer may have recorded in the meantime what it had published when we looked.
     recorded = {record.shard for record in read_manifest(path).records}
-    problems += [
+    return problems + [
         Problem(shard_name(number), "published but not sealed; opening the store for writing seals it if it is whole")
         for number in sorted(published - recorded)
+        if not _superseded(path, header, number, seen)
     ]
+
+
+def damaged_lines(numbers: Iterable[int]) -> list[Problem]:
+    """Return the problems that damaged lines of the manifest are."""
+    what = "is damaged; the rows it sealed are not seen until they are sealed again"
+    return [Problem(MANIFEST_FILE, f"line {number} {what}") for number in numbers]
+
+
+def repeated(number: int, ids: tuple[str, ...]) -> Problem:
+    """Return the problem that rows of a shard are when an earlier one holds them already."""
+    return Problem(rows_name(number), "rows that an earlier shard holds already", ids)
+
+
+def problems_of(found: Examined) -> list[Problem]:
+    """Return what is wrong with a shard and its table of rows."""
+    problems: list[Problem] = []
+    if found.table_fault:
+        problems.append(Problem(rows_name(found.number), found.table_fault))
+    if found.fault:
+        touched = found.ids_of(found.damaged)
+        lost = int(found.damaged.sum())
+        told = "" if touched else f"; {lost} rows whose ids are lost" if lost else "; no row is touched"
+        problems.append(Problem(shard_name(found.number), found.fault + told, touched))
+    if found.nonfinite.any():
+        what = "NaN or infinite residuals"
+        problems.append(Problem(shard_name(found.number), what, found.ids_of(found.nonfinite)))
     return problems
 
 
-def _verify_rows(path: Path, record: ShardRecord) -> tuple[list[str], list[Problem]]:
-    """Return the ids of a shard's rows, as far as its table can be trusted."""
+def _superseded(path: Path, header: StoreHeader, number: int, sealed: set[str]) -> bool:
+    """Return whether all rows of a shard that no line names are sealed elsewhere, as those of a compacted one are."""
     try:
-        return read_table(path, record, [ID]).column(ID).to_pylist(), []
-    except StoreError as error:
-        return [], [Problem(rows_name(record.shard), str(error))]
-
-
-def _verify_shard(path: Path, header: StoreHeader, record: ShardRecord, ids: list[str]) -> list[Problem]:
-    name = shard_name(record.shard)
-    try:
-        shard = open_shard(path / name, header, record)
-        problems: list[Problem] = []
-        if file_sha256(path / name) != record.shard_sha256:
-            problems.append(Problem(name, "its checksum is not that of the manifest: bytes have changed", tuple(ids)))
-        if record.tokens and int(shard.tensor("token_marks").max()) >> len(header.positions):
-            problems.append(Problem(name, "a token is marked as a position that the header does not name", tuple(ids)))
-        finite = torch.ones(record.tokens, dtype=torch.bool)
-        for layer in layer_names(header):
-            finite &= shard.tensor(layer).isfinite().all(1)
-        bad = torch.searchsorted(shard.offsets, (~finite).nonzero().flatten(), right=True) - 1
-        if len(bad):
-            rows = tuple(ids[row] for row in dict.fromkeys(bad.tolist()) if row < len(ids))
-            problems.append(Problem(name, "NaN or infinite residuals", rows))
-    # A disk that cannot read is what this looks for.
-    except (StoreError, OSError) as error:
-        return [Problem(name, str(error), tuple(ids))]
-    return problems
+        return sealed.issuperset(published_ids(path, header, number))
+    except StoreError:
+        return False

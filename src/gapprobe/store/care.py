@@ -1,0 +1,63 @@
+"""What repairing, compacting and clearing up share: being alone with a store, room on the disk, and new shards.
+
+All of them change a store only in steps after each of which it holds the rows that it held before, or more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from gapprobe.errors import OutputError, StoreError
+from gapprobe.files import as_output_error
+from gapprobe.store import disk, sealing
+from gapprobe.store.arena import Arena
+from gapprobe.store.format import LOCK_FILE, SHARDS, ShardRecord, StoreHeader
+from gapprobe.store.packing import write_shard
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Generator[None, None, None]:
+    """Hold the lock of a store; a failing disk is an OutputError.
+
+    Raises:
+        StoreError: the file system has no locks, so that a writer could come between the steps.
+    """
+    safe = "No sealed row was touched."
+    with as_output_error(f"{path}: {what}", lambda: safe), disk.exclusive(path / LOCK_FILE) as locked:
+        if not locked:
+            raise StoreError(
+                f"{path}: {what}: its file system has no locks, so a writer could come in between. Copy the store to "
+                "another disk, and do it there."
+            )
+        yield
+
+
+@contextmanager
+def packed(
+    path: Path, header: StoreHeader, arena: Arena, table: bytes, versions: Mapping[str, str] | None
+) -> Generator[tuple[Path, Path, ShardRecord], None, None]:
+    """Write a shard and its table of rows to temporaries, synced; yield both and their record, without a number yet."""
+    with (
+        disk.temporary(path / SHARDS) as (shard, descriptor),
+        sealing.new_rows_file(path, table) as rows,
+    ):
+        size, digest = write_shard(descriptor, header, arena, table)
+        checksum = hashlib.sha256(table).hexdigest()
+        yield shard, rows, ShardRecord(0, len(arena.ids), arena.tokens, size, digest, len(table), checksum, versions)
+
+
+def require_room(folder: Path, size: int, what: str, mend: str) -> None:
+    """Raise OutputError when the disk of `folder` has not `size` bytes left."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise OutputError(f"{folder}: {what} takes about {told(size)}, and {told(free)} are free. {mend}")
+
+
+def told(size: int) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,180 @@
+"""What pushing and pulling share: the manifest of a store elsewhere, several transfers at once, refusals, a bar."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from gapprobe.errors import ConfigError, StoreError
+from gapprobe.store.format import MANIFEST_FILE, MAX_JSON_BYTES, ShardRecord, StoreHeader, rows_name
+from gapprobe.store.places import Damaged, Place
+
+# 100,000 shards have lines of 40 MB.
+MAX_MANIFEST_BYTES = 256 << 20
+# No honest table comes near this.
+MAX_TABLE_BYTES = 256 << 20
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What a push or a pull did.
+
+    Attributes:
+        shards: transferred.
+        rows: new where they went.
+        bytes: transferred, shards and tables of rows together.
+        skipped: shards that were there already.
+    """
+
+    shards: int
+    rows: int
+    bytes: int
+    skipped: int
+
+    def __str__(self) -> str:
+        """Return a sentence."""
+        return (
+            f"{self.shards:,} shards transferred ({self.bytes / 1e6:,.1f} MB, {self.rows:,} new rows); "
+            f"{self.skipped:,} were there already"
+        )
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The manifest there: sound lines by shard, as they stand, and the numbers (from 1) of damaged ones."""
+
+    text: Mapping[int, bytes]
+    records: tuple[ShardRecord, ...]
+    damaged: tuple[int, ...]
+
+
+def read_lines(there: Place) -> Lines:
+    """Read the manifest as `manifest.read_manifest` reads a local one.
+
+    Raises:
+        StoreError: it is too large, or two sound lines tell different things of one shard.
+    """
+    text: dict[int, bytes] = {}
+    records: dict[int, ShardRecord] = {}
+    damaged: list[int] = []
+    lines = (there.read(MANIFEST_FILE, MAX_MANIFEST_BYTES) or b"").split(b"\n")
+    # What follows the last newline is a torn line, or nothing.
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            record = ShardRecord.from_line(line) if len(line) < MAX_JSON_BYTES else None
+        except StoreError as error:
+            raise StoreError(f"{there.at(MANIFEST_FILE)} line {number}: {error}") from error
+        if record is None:
+            damaged.append(number)
+            continue
+        if records.setdefault(record.shard, record) != record:
+            raise StoreError(
+                f"{there.at(MANIFEST_FILE)} line {number} contradicts an earlier line about shard {record.shard}"
+            )
+        text[record.shard] = line + b"\n"
+    return Lines(text, tuple(records.values()), tuple(damaged))
+
+
+def table_there(there: Place, record: ShardRecord) -> bytes | None:
+    """Return a table of rows; None when it is not what the manifest says."""
+    if record.rows_bytes > MAX_TABLE_BYTES:
+        return None
+    with suppress(Damaged):
+        content = there.read(rows_name(record.shard), record.rows_bytes)
+        if content is not None and hashlib.sha256(content).hexdigest() == record.rows_sha256:
+            return content
+    return None
+
+
+def refuse_other_run(here: StoreHeader, there: StoreHeader, path: str, place: str) -> None:
+    """Raise StoreError naming the fields in which two stores differ."""
+    mine, theirs = here.compared, there.compared
+    names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+    if names:
+        fields = "; ".join(f"{n} is {theirs.get(n)!r:.80} there and {mine.get(n)!r:.80} here" for n in names)
+        raise StoreError(f"{place} and {path} are of different runs: {fields}. Choose another place for one of them.")
+
+
+def warn_of_damage(place: str, damaged: Sequence[int]) -> None:
+    """Warn of lines of a manifest that do not count."""
+    if damaged:
+        warnings.warn(
+            f"{place}: line {damaged[0]} of its manifest is damaged and the rows it sealed are left out. "
+            "Run `gapprobe store verify` where it was written.",
+            stacklevel=3,
+        )
+
+
+def refuse_bad(bad: Sequence[str], total: int, place: str, mend: str) -> None:
+    """Raise StoreError when some of a store's shards are bad, after all others have been moved."""
+    if bad:
+        raise StoreError(f"{place}: {len(bad)} of {total} shards are bad: {told(bad)}. {mend}")
+
+
+def told(things: Sequence[str]) -> str:
+    """Return the first of many things, and how many more there are."""
+    more = f"; and {len(things) - 3} more" if len(things) > 3 else ""
+    return "; ".join(things[:3]) + more
+
+
+def in_order(
+    work: Callable[[T], R],
+    items: Sequence[T],
+    transfers: int,
+    there: Place,
+    drop: Callable[[R], object] = lambda _: None,
+) -> Generator[R, None, None]:
+    """Work on several items at once and yield the results in the order of the items, a few of them ahead.
+
+    When one fails, or the caller closes this early, the others are stopped, and results nobody took are dropped.
+    """
+    if transfers < 1:
+        raise ConfigError(f"transfers {transfers} must be at least 1")
+    transfers = transfers if there.parallel else 1
+    ahead: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(transfers, "gapprobe-transfer") as pool:
+        try:
+            for item in items:
+                ahead.append(pool.submit(work, item))
+                if len(ahead) > 2 * transfers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except BaseException:
+            there.stop.set()
+            pool.shutdown(cancel_futures=True)
+            for future in ahead:
+                if not future.cancelled() and future.exception() is None:
+                    drop(future.result())
+            raise
+
+
+class Bar:
+    """A progress bar in bytes that threads may advance."""
+
+    def __init__(self, name: str, total: int, shown: bool) -> None:
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc=name, disable=not shown)
+        self._guard = threading.Lock()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, count: int) -> None:
+        """Advance by so many bytes."""
+        with self._guard:
+            self._bar.update(count)
