@@ -160,6 +160,20 @@ def test_any_rows_read_back_in_every_way(data):
         check(store, {row.id: row for row in rows}, data)
 
 
+@FAST
+@given(st.data())
+def test_long_lines_in_any_order_with_repeats(data):
+    """As above where a line takes a page or more: these are read another way."""
+    header = reheaded(width=data.draw(st.sampled_from([2048, 5000])), layers=(2, 7))
+    rows = [
+        make_row(str(i), tokens, header)
+        for i, tokens in enumerate(data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=12)))
+    ]
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(packing, "DENSE_SHARE", data.draw(DENSE)):
+        write(Path(folder), rows, header, batch=data.draw(st.integers(1, 12)))
+        check(open_store(folder), {row.id: row for row in rows}, data)
+
+
 class Writing(RuleBasedStateMachine):
     """Two writers in turn and a reader: nothing is lost, nothing stored twice, nothing read that was not written."""
 

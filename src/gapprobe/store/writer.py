@@ -197,6 +197,8 @@ class StoreWriter:
         self._settle()
         versions = self.header.versions if record.versions is None else record.versions
         ids = cast(list[str], table.column(ID).to_pylist())
+        for id_ in ids:
+            _check_id(id_)
         with (
             self._failing(f"{record.rows} rows could not be stored"),
             sealing.new_rows_file(self.path, content) as rows_file,
@@ -330,8 +332,7 @@ class StoreWriter:
     def _check(self, row: StoredRow) -> None:
         """Raise StoreError unless the row fits the header."""
         where, header = f"row {row.id!r:.80}", self.header
-        if not row.id or _CONTROL.search(row.id) or not _encodable(row.id):
-            raise StoreError(f"{where}: an id is text without control characters")
+        _check_id(row.id)
         if row.residual.dtype != header.torch_dtype:
             raise StoreError(f"{where}: its residual is {row.residual.dtype}; convert it to the store's {header.dtype}")
         tokens = len(row.token_ids)
@@ -392,6 +393,11 @@ def _create(path: Path, header: StoreHeader) -> StoreHeader:
         (path / folder).mkdir(exist_ok=True)
     sync_folder(path)
     return stored
+
+
+def _check_id(id_: str) -> None:
+    if not id_ or _CONTROL.search(id_) or not _encodable(id_):
+        raise StoreError(f"row {id_!r:.80}: an id is text without control characters")
 
 
 def _encodable(text: str) -> bool:
