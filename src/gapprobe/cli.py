@@ -478,9 +478,7 @@ def _print(result: Mapping[str, object] | Sequence[Mapping[str, object]]) -> Non
 
 app.command(study, name="study", help="run the whole study, or its steps, from a configuration file")
 app.command(models, name="models", help="the families of models that can be traced, and whether a model passes")
-app.command(
-    store, name="store", help="activation stores: look, check, mend, join, bring activations in and out"
-)
+app.command(store, name="store", help="activation stores: look, check, mend, join, bring activations in and out")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -144,12 +144,15 @@ class TokenBatches(IterableDataset[TokenBatch]):
         if not len(mine):
             return
         loads = np.split(mine, np.flatnonzero(np.diff(plan.windows[mine])) + 1)
+        # One window is filled while another is used up, always in the same memory: touching fresh memory costs more.
+        most = max((plan.tokens[load].sum() for load in loads if len(load) > 1), default=0)
+        rooms = [self._room(int(most)), self._room(int(most if len(loads) > 1 else 0))]
         with ThreadPoolExecutor(1, "gapprobe-batches") as thread:
-            ahead = thread.submit(self._load, plan, loads[0])
-            for following in (*loads[1:], None):
+            ahead = thread.submit(self._load, plan, loads[0], rooms[0])
+            for number, following in enumerate((*loads[1:], None), 1):
                 loaded = ahead.result()
                 if following is not None:
-                    ahead = thread.submit(self._load, plan, following)
+                    ahead = thread.submit(self._load, plan, following, rooms[number % 2])
                 yield from loaded.batches()
 
     def _mine(self, plan: _Plan) -> NDArray[np.int64]:
@@ -169,9 +172,10 @@ class TokenBatches(IterableDataset[TokenBatch]):
             windows = _windows(sizes, shards, self._window_bytes, random)
             order = np.lexsort((random.random_raw(len(sizes)), windows))
         cuts = _cut(self._lengths[order], self._budget)
-        if self._drop_last and len(cuts) > 1 and self._lengths[order[cuts[-2] :]].sum() < self._budget:
-            cuts = cuts[:-1]
-        return _Plan(self._rows[order], cuts, windows[order[cuts[:-1]]])
+        tokens = np.add.reduceat(self._lengths[order], cuts[:-1]) if len(order) else np.empty(0, np.int64)
+        if self._drop_last and len(tokens) and tokens[-1] < self._budget:
+            cuts, tokens = cuts[:-1], tokens[:-1]
+        return _Plan(self._rows[order], cuts, tokens, windows[order[cuts[:-1]]])
 
     def _measure(self, chosen: NDArray[np.int64] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the numbers of the rows to yield, rising, and how many tokens each has."""
@@ -202,8 +206,11 @@ class TokenBatches(IterableDataset[TokenBatch]):
         table = read_table(self.path, self._header, self._records[number], [ID])
         return cast(list[str], table.column(ID).to_pylist())
 
-    def _load(self, plan: _Plan, batches: NDArray[np.int64]) -> _Loaded:
-        """Read the rows of some batches, in the order in which they are yielded."""
+    def _room(self, tokens: int) -> Shaped[Tensor, "l t d"]:
+        return _fresh((len(self.layers), tokens, self._header.width), self._header.torch_dtype)
+
+    def _load(self, plan: _Plan, batches: NDArray[np.int64], room: Shaped[Tensor, "l t d"]) -> _Loaded:
+        """Read the rows of some batches, in the order in which they are yielded, into `room` or, one batch, its own."""
         pieces = [plan.rows[plan.cuts[batch] : plan.cuts[batch + 1]] for batch in batches]
         rows = np.concatenate(pieces)
         shards = np.searchsorted(self._base, rows, side="right") - 1
@@ -221,7 +228,7 @@ class TokenBatches(IterableDataset[TokenBatch]):
             offsets = np.arange(len(rows) + 1)
             jobs = [Job(part.shard, names, lines, part.places) for part, lines in zip(parts, marked, strict=True)]
         tokens = int(offsets[-1])
-        residual = _fresh((len(names), tokens, self._header.width), self._header.torch_dtype)
+        residual = room[:, :tokens] if len(batches) > 1 else self._room(tokens)
         if self._position is None:
             run_jobs(jobs, residual)
         else:
@@ -239,11 +246,12 @@ class TokenBatches(IterableDataset[TokenBatch]):
 class _Plan:
     """Numbers of the rows in the order of an epoch; batch i has those from `cuts[i]` to `cuts[i + 1]`.
 
-    `windows` tells for each batch the window that it begins in.
+    `tokens` tells how many tokens each batch has, `windows` the window that it begins in.
     """
 
     rows: NDArray[np.int64]
     cuts: NDArray[np.int64]
+    tokens: NDArray[np.int64]
     windows: NDArray[np.int64]
 
 

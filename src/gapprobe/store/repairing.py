@@ -290,7 +290,8 @@ class _Run:
         if table is None:
             self.unread += 1
         else:
-            self.lost += cast(list[str], pq.read_table(pa.BufferReader(table), columns=[ID]).column(ID).to_pylist())
+            rows = pq.ParquetFile(pa.BufferReader(table)).read([ID], use_threads=False)
+            self.lost += cast(list[str], rows.column(ID).to_pylist())
 
     def _save(self, header: StoreHeader, found: Examined, versions: Mapping[str, str] | None) -> list[ShardRecord]:
         """Publish the sound rows of a shard, as far as they are not sealed already, as a new one; return its record."""

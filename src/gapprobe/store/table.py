@@ -120,7 +120,9 @@ def decode_table(content: bytes, path: Path, rows: int, columns: Sequence[str] |
         # A few bytes can claim any number of rows; what is claimed is cheap to ask for.
         if file.metadata.num_rows != rows:
             raise StoreError(f"{path} is damaged: it has {file.metadata.num_rows} rows, not {rows}")
-        table = file.read(columns=None if columns is None else list(columns))
+        # A thread of Arrow's that still starts when the process ends aborts it, where torch is loaded (measured: a half
+        # of processes that read a table last).
+        table = file.read(columns=None if columns is None else list(columns), use_threads=False)
     except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
         raise StoreError(f"{path} is damaged: {error}") from error
     if ID not in table.column_names or table.schema.field(ID).type != pa.string():
