@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -20,6 +20,7 @@ from gapprobe.errors import ConfigError, GapprobeError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from gapprobe.store.importing import TracedModel
     from gapprobe.study.config import StudyConfig
     from gapprobe.study.run import Study
 
@@ -394,7 +395,8 @@ def import_activations(
         mask=mask,
         lengths=lengths,
         token_ids=token_ids,
-        model=name if source is None else load_model(source, dtype="auto"),
+        # pyright does not take a cached_property for the property of a protocol.
+        model=name if source is None else cast("TracedModel", load_model(source, dtype="auto")),
         dtype=dtype,
         allow_nonfinite=allow_nonfinite,
         progress=True,

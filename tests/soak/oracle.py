@@ -43,12 +43,12 @@ class Examiner:
 
     def __init__(self, case: Case) -> None:
         self.findings: list[str] = []
-        # What is as large as it says takes memory in proportion.
-        self._memory = MEMORY if not case.enormous else 1 << 62
+        # What is as large as it says takes time and memory in proportion.
+        self._patient = case.enormous
 
     def run(self, what: str, operation: Callable[[], T], *allowed: type[Exception]) -> T | None:
         """Return the operation's result, or None where it raised; take note of hangs, memory and foreign errors."""
-        begun, before = time.monotonic(), peak()
+        begun, before, late = time.monotonic(), peak(), False
         try:
             with _alarm(SECONDS), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -60,14 +60,14 @@ class Examiner:
                 self.findings.append(f"{what}: a message that no terminal should see: {str(error)!r:.300}")
         except Hang as error:
             result = None
-            self.findings.append(f"{what}: still not done after {SECONDS} s{_where(error)}")
+            late = True
+            self.require(self._patient, f"{what}: still not done after {SECONDS} s{_where(error)}")
         except Exception as error:
             result = None
             self.findings.append(f"{what}: {type(error).__name__}: {str(error)[:200]!r}{_where(error)}")
-        if time.monotonic() - begun > SECONDS and not (self.findings and "still not" in self.findings[-1]):
-            self.findings.append(f"{what}: took {time.monotonic() - begun:.1f} s")
-        if peak() - before > self._memory:
-            self.findings.append(f"{what}: took {(peak() - before) >> 20} MiB of memory")
+        took, more = time.monotonic() - begun, peak() - before
+        self.require(late or self._patient or took < SECONDS, f"{what}: took {took:.1f} s")
+        self.require(self._patient or more < MEMORY, f"{what}: took {more >> 20} MiB of memory")
         return result
 
     def require(self, sound: bool, what: str) -> None:

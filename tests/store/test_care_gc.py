@@ -89,7 +89,9 @@ def test_damaged_files_go_only_when_asked(tmp_path):
     repair_store(tmp_path)
     assert collect_garbage(tmp_path).files == {}
     told = collect_garbage(tmp_path, dry_run=True, damaged=True)
-    assert set(told.files) == {"damaged/000001.parquet", "damaged/manifest-000000.jsonl"}
+    assert set(told.files) == {
+        "damaged/000001.parquet", "damaged/manifest-000000.jsonl", "damaged/lost-000000.txt"
+    }  # fmt: skip
     assert (tmp_path / "damaged/000001.parquet").exists()
     (tmp_path / "damaged/notes.txt").write_bytes(b"mine")
     assert collect_garbage(tmp_path, damaged=True).files == told.files

@@ -100,6 +100,7 @@ def processes():
     [
         ("repair", True, 2, 40),
         ("compact", True, 1, 20),
+        ("compact", False, 2, 20),
         ("merge", True, 2, 40),
         ("merge", False, 3, 40),
         ("gc", True, 1, 8),

@@ -53,6 +53,8 @@ def test_rows_that_damage_does_not_touch_are_saved_bit_for_bit(tmp_path, monkeyp
     assert 0 < len(done.lost) < 9
     assert done.saved == 10 - len(done.lost)
     assert done.moved == {SHARD: "damaged/000001.safetensors", ROWS: "damaged/000001.parquet"}
+    assert done.lost_list == "damaged/lost-000000.txt"
+    assert tuple((tmp_path / done.lost_list).read_text().splitlines()) == done.lost
     assert (tmp_path / "damaged/000001.safetensors").read_bytes() == damaged
     # The new shard stands where the old one did.
     assert [id_ for id_ in open_store(tmp_path).ids] == [row.id for row in rows if row.id not in done.lost]
@@ -349,11 +351,11 @@ def test_blocks_that_the_disk_cannot_read_are_lost_and_others_are_saved(tmp_path
     write(tmp_path, rows, batch=10)
     bad, real = place(tmp_path, 1, "residual.01", 7), os.preadv
 
-    def preadv(descriptor, buffers, at):
+    def preadv(descriptor, buffers, at, *flags):
         name = os.readlink(f"/proc/self/fd/{descriptor}")
         if at <= bad < at + len(buffers[0]) and name.endswith("000001.safetensors"):
             raise OSError(errno.EIO, "Input/output error")
-        return real(descriptor, buffers, at)
+        return real(descriptor, buffers, at, *flags)
 
     monkeypatch.setattr(os, "preadv", preadv)
     done = repair_store(tmp_path)

@@ -1,4 +1,7 @@
-"""Real processes, really killed. What is sealed stays; what resumes ends as if nothing had happened."""
+"""Real processes, really killed. What is sealed stays; what resumes ends as if nothing had happened.
+
+`make soak` does the last test for longer, with larger rows.
+"""
 
 import multiprocessing
 import random
@@ -6,9 +9,11 @@ import time
 
 import pytest
 
+from gapprobe.store.compacting import compact_store
 from gapprobe.store.reader import open_store
 from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
+from tests.soak.crash import SCENARIOS, Soak
 from tests.store.rows import HEADER, die_at_call, equal, holds, some_rows, write, write_in_child, write_slice_in_child
 
 
@@ -32,7 +37,7 @@ def all_sealed_rows_are_right(path, rows):
 def test_killed_at_random_moments_then_resumed_equals_uninterrupted(tmp_path, processes):
     rows, pick = some_rows(60), random.Random(0)
     progress = []
-    for kill in range(12):
+    for kill in range(8):
         started = tmp_path / f"started {kill}"
         child = processes.Process(target=write_in_child, args=(tmp_path / "s", len(rows), str(started)))
         child.start()
@@ -50,7 +55,7 @@ def test_killed_at_random_moments_then_resumed_equals_uninterrupted(tmp_path, pr
     assert not list((tmp_path / "s").rglob(".tmp-*"))
 
 
-@pytest.mark.parametrize(("links", "step"), [(True, 1), (False, 3)])
+@pytest.mark.parametrize(("links", "step"), [(True, 3), (False, 7)])
 def test_killed_at_calls_that_change_the_disk(tmp_path, processes, links, step):
     rows, number = some_rows(4), 0
     while True:
@@ -92,3 +97,45 @@ def test_processes_that_append_at_once_store_every_row_once(tmp_path, processes)
         child.join()
         assert child.exitcode == 0
     assert holds(tmp_path / "s", rows)
+
+
+@pytest.mark.parametrize("torn", [b'{"line_sha', b"{", b"\0\0\0", b"x" * 5000])
+def test_a_line_that_a_dead_writer_tore_is_no_damage_when_a_live_one_goes_on(tmp_path, torn):
+    rows = some_rows(9)
+    with StoreWriter(tmp_path, HEADER) as alive:
+        alive.append(rows[:3])
+        alive.flush()
+        for last in (6, 9):
+            with (tmp_path / "manifest.jsonl").open("ab") as manifest:
+                manifest.write(torn)
+            alive.append(rows[:last])
+            alive.flush()
+            assert verify_store(tmp_path) == []
+    assert holds(tmp_path, rows)
+
+
+def test_readers_that_were_there_before_a_compaction_see_the_same_rows_after_it(tmp_path):
+    rows = some_rows(12)
+    write(tmp_path, rows)
+    early = open_store(tmp_path)
+    assert equal(early.row("row 2"), rows[2])
+    compact_store(tmp_path, progress=False)
+    assert all(equal(early.row(row.id), row) for row in rows)
+    assert early.refresh() == 0
+    assert len(early.records) == 1
+    assert all(equal(early.row(row.id), row) for row in rows)
+
+
+@pytest.fixture(scope="module")
+def soak(tmp_path_factory):
+    return Soak(tmp_path_factory.mktemp("soak"), seed=7, count=40, shrink=20)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+def test_a_short_soak(soak, scenario):
+    tally = soak.run(scenario, kills=2)
+    if tally.skipped:
+        pytest.skip(tally.skipped)
+    assert tally.kills >= 2
+    assert tally.bad == []
+    assert tally.problems == []

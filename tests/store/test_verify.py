@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from gapprobe.store import packing
+from gapprobe.store import packing, verify
+from gapprobe.store.clearing import collect_garbage
+from gapprobe.store.compacting import compact_store
 from gapprobe.store.format import BLOCK, ShardRecord
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.reader import open_store
@@ -196,10 +198,10 @@ def test_a_block_that_the_disk_cannot_read_is_named_like_one_that_changed(tmp_pa
     write(tmp_path, some_rows(9), batch=9)
     bad, real = place(tmp_path, 0, "residual.01", 5), os.preadv
 
-    def preadv(descriptor, buffers, at):
+    def preadv(descriptor, buffers, at, *flags):
         if at <= bad < at + len(buffers[0]) and os.readlink(f"/proc/self/fd/{descriptor}").endswith("0.safetensors"):
             raise OSError(errno.EIO, "Input/output error")
-        return real(descriptor, buffers, at)
+        return real(descriptor, buffers, at, *flags)
 
     monkeypatch.setattr(os, "preadv", preadv)
     (problem,) = verify_store(tmp_path)
@@ -228,6 +230,22 @@ def test_what_a_killed_run_leaves_is_no_problem(tmp_path):
     with (tmp_path / "manifest.jsonl").open("ab") as manifest:
         manifest.write(b'{"line_sha256":"ab')
     assert verify_store(tmp_path) == []
+
+
+def test_a_compaction_in_between_is_no_problem(tmp_path, monkeypatch):
+    write(tmp_path, some_rows(9))
+    real, times = verify.examine_all, []
+
+    def examine_all(*args):
+        times.append(1)
+        if len(times) == 1:
+            compact_store(tmp_path)
+            collect_garbage(tmp_path)
+        return real(*args)
+
+    monkeypatch.setattr(verify, "examine_all", examine_all)
+    assert verify_store(tmp_path) == []
+    assert len(times) == 2
 
 
 def test_problems_read_as_one_line():

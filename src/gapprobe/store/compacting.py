@@ -96,16 +96,17 @@ def _mend(path: Path) -> str:
 def _groups(header: StoreHeader, records: Sequence[ShardRecord], capacity: int) -> Iterator[list[ShardRecord]]:
     """Return the shards to join, each group into one. No two shards that are left could be joined."""
     group: list[ShardRecord] = []
+    tokens = rows = 0
     for record in records:
-        tokens, rows = (sum(getattr(other, name) for other in group) for name in ("tokens", "rows"))
         small = 2 * record.tokens < capacity and 2 * record.rows < MAX_ROWS
         full = tokens + record.tokens > capacity or rows + record.rows > MAX_ROWS
         if group and (not small or full or _versions(header, group[-1]) != _versions(header, record)):
             if len(group) > 1:
                 yield group
-            group = []
+            group, tokens, rows = [], 0, 0
         if small:
             group.append(record)
+            tokens, rows = tokens + record.tokens, rows + record.rows
     if len(group) > 1:
         yield group
 
@@ -135,13 +136,16 @@ def _join(path: Path, header: StoreHeader, group: Sequence[ShardRecord], arena: 
         packed(path, header, arena, table, group[0].versions) as (shard, rows, new),
         alone(path, "it cannot be compacted"),
     ):
-        records = list(read_manifest(path).records)
-        if any(record not in records for record in group):
+        records = {record.shard: record for record in read_manifest(path).records}
+        if any(records.get(record.shard) != record for record in group):
             return False
-        number = sealing.publish(path, shard, rows, [record.shard for record in records])
-        records[records.index(group[0])] = replace(new, shard=number)
+        number = sealing.publish(path, shard, rows, records.keys())
+        # The first of them gives its place, the others go.
+        records[group[0].shard] = replace(new, shard=number)
+        for record in group[1:]:
+            del records[record.shard]
         try:
-            sealing.replace_manifest(path, [record for record in records if record not in group])
+            sealing.replace_manifest(path, list(records.values()))
         except OSError:
             sealing.remove(path, number)
             raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from gapprobe.errors import StoreError
 from gapprobe.store.examining import Examined, examine_all, published_ids
 from gapprobe.store.format import MANIFEST_FILE, StoreHeader, rows_name, shard_name
-from gapprobe.store.manifest import listed_numbers, read_header, read_manifest
+from gapprobe.store.manifest import Manifest, listed_numbers, read_header, read_manifest
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,19 @@ def verify_store(path: str | Path, progress: bool = True) -> list[Problem]:
         progress: show a bar when it takes longer than a moment.
     """
     path = Path(path)
-    try:
-        header, manifest = read_header(path), read_manifest(path)
-    except StoreError as error:
-        return [Problem(str(path), str(error))]
+    while True:
+        try:
+            header, manifest = read_header(path), read_manifest(path)
+        except StoreError as error:
+            return [Problem(str(path), str(error))]
+        problems = _verify(path, header, manifest, progress)
+        # What a compaction or repair replaced meanwhile may be gone by now, and what it made was not looked at.
+        after = {record.shard: record for record in read_manifest(path).records}
+        if not problems or all(after.get(record.shard) == record for record in manifest.records):
+            return problems
+
+
+def _verify(path: Path, header: StoreHeader, manifest: Manifest, progress: bool) -> list[Problem]:
     published = listed_numbers(path)
     problems = damaged_lines(manifest.damaged)
     seen: set[str] = set()
