@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gapprobe-demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types layers unit browser bench seeds wheel clean
+.PHONY: help demo test lint types layers unit browser bench soak seeds wheel clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,6 +35,11 @@ browser: $(VENV)/.dev ## a Chromium for the tests of the report, if there is non
 bench: $(VENV)/.dev ## the store against its peers, then the demo's steps, as JSON (benchmarks/README.md)
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.demo
+
+soak: $(VENV)/.dev ## kill and fuzz the store for half an hour (tests/soak/README.md)
+	$(PIP) -e '.[soak]'
+	$(BIN)/python -m tests.soak.crash
+	$(BIN)/python -m tests.soak.fuzz
 
 seeds: $(VENV)/.dev ## train both demo models again, three seeds each (about an hour; examples/digits/README.md)
 	$(BIN)/python -m examples.digits.train
