@@ -124,6 +124,10 @@ def append_line(path: Path, line: bytes, locked: bool) -> None:
         before = os.fstat(descriptor).st_size
         # Never continue a line that a killed writer tore.
         torn = before > 0 and os.pread(descriptor, 1, before - 1) != b"\n"
+        if torn and locked:
+            # Between two lines it would count as damage for ever.
+            cut_torn_line(path)
+            before, torn = os.fstat(descriptor).st_size, False
         data = (b"\n" if torn else b"") + line
         try:
             if os.write(descriptor, data) != len(data):
