@@ -171,6 +171,11 @@ def test_a_store_is_verified_repaired_merged_compacted_and_cleared_up(tmp_path: 
     assert gapprobe("store", "verify", "runs", cwd=tmp_path).returncode == 0
     assert holds(tmp_path / "runs/all", some_rows(18))
 
+    (tmp_path / "runs/a/store.json").unlink()
+    assert "gapprobe store repair runs/a --like OTHER" in gapprobe("store", "repair", "runs/a", cwd=tmp_path).stderr
+    assert gapprobe("store", "repair", "runs/a", "--like", "runs/b", cwd=tmp_path).returncode == 0
+    assert holds(tmp_path / "runs/a", some_rows(9))
+
 
 def test_models_list_names_the_families() -> None:
     listed = gapprobe("models", "list").stdout

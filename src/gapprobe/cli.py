@@ -263,8 +263,8 @@ def repair(
     from gapprobe.store.reader import find_stores
     from gapprobe.store.repairing import repair_store
 
-    # Without its store.json a store is not found by it.
-    stores = [folder] if like is not None else find_stores(folder)
+    # Stores are found by their store.json, which may be what is lost.
+    stores = [folder] if like is not None or (folder / "shards").is_dir() else find_stores(folder)
     done = [repair_store(path, like) for path in stores]
     if as_json:
         _print([asdict(each) | {"path": str(each.path)} for each in done])

@@ -8,7 +8,7 @@ from importlib.metadata import version
 def machine() -> dict[str, object]:
     """Return the machine in words; no name of it."""
     return {
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "processor": platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),

@@ -144,10 +144,11 @@ def test_a_store_that_fits_the_window_is_permuted_uniformly(tmp_path):
 
 def test_a_larger_store_is_mixed_from_all_over_by_long_reads(tmp_path, monkeypatch):
     """Rows of 32 shards in windows of a tenth: each holds rows from nearly everywhere, in no order; reads are few."""
-    row = make_row("a row", 1)
+    header, line = reheaded(width=2048, layers=(0,)), 4096
+    row = make_row("a row", 1, header)
     rows = [replace(row, id=str(i)) for i in range(3200)]
-    write(tmp_path, rows, batch=100, shard_bytes=100 * (TOKEN + 18))
-    data = TokenBatches(tmp_path, token_budget=320, window_bytes=320 * TOKEN)
+    write(tmp_path, rows, header, batch=100, shard_bytes=100 * (line + 18))
+    data = TokenBatches(tmp_path, token_budget=320, window_bytes=320 * line)
     calls, real = [], os.preadv
 
     def count(descriptor, buffers, at, *flags):
@@ -161,9 +162,8 @@ def test_a_larger_store_is_mixed_from_all_over_by_long_reads(tmp_path, monkeypat
         # 64 runs of 5 rows; as many different shards as 64 draws with replacement out of 32 give, 28 on average.
         assert 22 < len(set(window // 100)) <= 32
         assert abs(np.corrcoef(np.arange(320), window)[0, 1]) < 0.2
-    # Of each shard that a window draws from: three layers, four token tensors, header, offsets. Row by row it were
-    # 3,200 * 7.
-    assert len(calls) < 10 * 32 * 15
+    # A read for each run, or two where the first finds that the disk has to be waited for.
+    assert len([size for size in calls if size >= line]) < 10 * 64 * 2 + 100
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -176,9 +176,10 @@ def test_workers_change_nothing(store, workers, window):
     assert len(loader) == len(data)
 
 
-def test_spawned_workers_change_nothing_and_see_the_epoch_in_all_epochs(store):
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_that_live_on_see_the_epoch(store, method):
     data = TokenBatches(store, token_budget=7, window_bytes=20 * TOKEN)
-    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="spawn", persistent_workers=True)
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context=method, persistent_workers=True)
     for epoch, start in ((0, 0), (1, 0), (1, 5)):
         data.set_epoch(epoch, start)
         alone = TokenBatches(store, token_budget=7, window_bytes=20 * TOKEN, epoch=epoch, start=start)

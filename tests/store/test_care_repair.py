@@ -306,6 +306,31 @@ def test_a_lost_header_is_taken_from_a_store_of_the_same_run_only(tmp_path, dama
     check(tmp_path / "store", rows, ())
 
 
+def test_a_store_of_a_newer_version_is_no_damaged_one(tmp_path):
+    write(tmp_path / "store", some_rows(3))
+    write(tmp_path / "same", some_rows(1))
+    file = tmp_path / "store/store.json"
+    file.write_text(file.read_text().replace('"version": 2', '"version": 3'))
+    before = files(tmp_path / "store")
+    with pytest.raises(StoreError, match="version 3.*Update gapprobe"):
+        repair_store(tmp_path / "store", like=tmp_path / "same")
+    assert files(tmp_path / "store") == before
+
+
+def test_a_header_that_may_not_be_read_is_not_taken_for_damage(tmp_path, monkeypatch):
+    write(tmp_path, some_rows(3))
+    real = type(tmp_path).open
+
+    def refused(path, *args, **kwargs):
+        if path.name == "store.json":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(type(tmp_path), "open", refused)
+    with pytest.raises(StoreError, match="Permission denied"):
+        repair_store(tmp_path, like=tmp_path)
+
+
 def test_what_is_no_store_is_refused(tmp_path):
     with pytest.raises(StoreError, match="no gapprobe store"):
         repair_store(tmp_path)

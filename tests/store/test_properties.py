@@ -278,11 +278,16 @@ def test_dense_positions_change_nothing(data):
             with mock.patch.object(packing, "DENSE_SHARE", dense):
                 write(path, rows, header, batch, shard_bytes)
             store = open_store(path)
-            for record in store.records:
+            for record, base in zip(store.records, np.cumsum([0] + [r.rows for r in store.records]), strict=False):
+                shard = open_shard(path / shard_name(record.shard), header, record)
                 # Where there are no tokens, copies of theirs take no room either.
-                wanted = len(header.positions) if dense and record.tokens else 0
-                tensors = open_shard(path / shard_name(record.shard), header, record).tensors
-                assert sum(name.startswith("position.") for name in tensors) == wanted
+                names = [f"position.{i:02d}" for i in range(len(header.positions))] if dense and record.tokens else []
+                assert [name for name in sorted(shard.tensors) if name.startswith("position.")] == names
+                for bit, name in enumerate(names):
+                    for number, row in enumerate(rows[base : base + record.rows]):
+                        one = row.residual[:, row.token_marks >> bit & 1 == 1]
+                        wanted = one[:, 0] if one.shape[1] == 1 else torch.zeros(len(header.layers), header.width)
+                        assert shard.read(name)[:, number].equal(wanted.to(header.torch_dtype))
             check(store, {row.id: row for row in rows}, data)
             found.append(store)
         single = [

@@ -50,6 +50,17 @@ def packed(
         yield shard, rows, ShardRecord(0, len(arena.ids), arena.tokens, size, digest, len(table), checksum, versions)
 
 
+def read_small(path: Path, most: int) -> bytes | None:
+    """Return the content of a file; None if there is none, it cannot be read, or it has more than `most` bytes."""
+    try:
+        # Neither pipes nor devices: they would be waited for, or never end.
+        if not path.is_file() or path.stat().st_size > most:
+            return None
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
 def require_room(folder: Path, size: int, what: str, mend: str) -> None:
     """Raise OutputError when the disk of `folder` has not `size` bytes left."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

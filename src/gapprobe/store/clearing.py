@@ -22,6 +22,7 @@ from gapprobe.store.repairing import DAMAGED
 from gapprobe.store.shard import open_shard
 from gapprobe.store.table import ID, read_table
 
+_SHOWN = 20
 _DAMAGED_NAME = re.compile(
     r"[0-9]{6,10}\.(safetensors|parquet)|manifest-[0-9]{6}\.jsonl|store-[0-9]{6}\.json|lost-[0-9]{6}\.txt"
 )
@@ -49,10 +50,11 @@ class Garbage:
         return sum(self.files.values())
 
     def __str__(self) -> str:
-        """Return a line for each file."""
+        """Return a line for each file, of many the first."""
         would = "would be removed" if self.dry_run else "removed"
         lines = [f"{self.path}: {len(self.files):,} files of {told(self.bytes)} {would}"]
-        lines += [f"  {name}  {told(size)}" for name, size in self.files.items()]
+        lines += [f"  {name}  {told(size)}" for name, size in list(self.files.items())[:_SHOWN]]
+        lines += [f"  and {len(self.files) - _SHOWN:,} more"] if len(self.files) > _SHOWN else []
         return "\n".join(lines + [f"  {name} stays: {why}" for name, why in self.kept.items()])
 
 

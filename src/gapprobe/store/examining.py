@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ def examine(store: Path, header: StoreHeader, record: ShardRecord, keep: bool = 
     try:
         table, table_fault = _read_table_file(store / rows_name(record.shard), record)
         content, fault = _read_sealed(store / shard_name(record.shard), header, record, keep)
-    except _UnreadableError as error:
+    except (_UnreadableError, MemoryError) as error:
         return _unreadable(record.shard, record.rows, error)
     if content is not None:
         embedded = bytes(content.small[ROWS_TENSOR])
@@ -158,7 +159,7 @@ def examine_published(
     """
     try:
         content, fault = _read_published(store / shard_name(number), header, keep)
-    except _UnreadableError as error:
+    except (_UnreadableError, MemoryError) as error:
         return _unreadable(number, 0, error)
     if content is not None and not content.touches(ROWS_TENSOR):
         table = bytes(content.small[ROWS_TENSOR])
@@ -181,9 +182,9 @@ def published_ids(store: Path, header: StoreHeader, number: int) -> set[str]:
     content = memoryview(bytearray(last - shard.begin - first * BLOCK))
     try:
         with _opened(path) as descriptor:
-            if descriptor is None or not _fill(descriptor, content, shard.begin + first * BLOCK):
+            if not _fill(descriptor, content, shard.begin + first * BLOCK):
                 raise StoreError(f"{path} cannot be read")
-    except _UnreadableError as error:
+    except (_UnreadableError, _NoFileError) as error:
         raise StoreError(f"{path}: {error}") from error
     for number, at in enumerate(range(0, len(content), BLOCK), first):
         if xxhash.xxh3_64_digest(content[at : at + BLOCK]) != bytes(wanted[number]):
@@ -210,12 +211,17 @@ def examine_all(
             yield result
 
 
+class _NoFileError(Exception):
+    """There is no file of a name."""
+
+
 class _UnreadableError(Exception):
     """A file could not be read for a reason that is no damage."""
 
 
-def _unreadable(number: int, rows: int, error: _UnreadableError) -> Examined:
-    return Examined(number, str(error), "", None, (), np.ones(rows, bool), np.zeros(rows, bool), None, True)
+def _unreadable(number: int, rows: int, error: _UnreadableError | MemoryError) -> Examined:
+    fault = str(error) if isinstance(error, _UnreadableError) else "it takes more memory than there is"
+    return Examined(number, fault, "", None, (), np.ones(rows, bool), np.zeros(rows, bool), None, True)
 
 
 @dataclass(frozen=True)
@@ -245,43 +251,42 @@ class _Content:
 def _read_table_file(path: Path, record: ShardRecord) -> tuple[bytes | None, str]:
     """Return the content of a table's file if it is sound, and what is wrong with it otherwise."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            content = file.read() if size == record.rows_bytes else b""
-    except FileNotFoundError:
-        return None, "it is missing"
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise _UnreadableError(f"{path} cannot be read: {error.strerror}") from error
-        return None, "the disk cannot read it"
-    if size != record.rows_bytes:
-        return None, f"it has {size} bytes, the manifest says {record.rows_bytes}"
+        with _opened(path) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if size != record.rows_bytes:
+                return None, f"it has {size} bytes, the manifest says {record.rows_bytes}"
+            content = memoryview(bytearray(size))
+            if not _fill(descriptor, content, 0):
+                return None, "the disk cannot read it"
+    except _NoFileError as error:
+        return None, str(error)
     if hashlib.sha256(content).hexdigest() != record.rows_sha256:
         return None, "bytes have changed: its checksum is not that of the manifest"
-    return content, ""
+    return bytes(content), ""
 
 
 def _read_sealed(path: Path, header: StoreHeader, record: ShardRecord, keep: bool) -> tuple[_Content | None, str]:
     """Read a shard that the manifest names; return its content where there is any to be trusted, and what is wrong."""
     plan = plan_shard(header, ShardSize(record.rows, record.tokens, record.rows_bytes))
-    with _opened(path) as descriptor:
-        if descriptor is None:
-            return None, "it is missing"
-        size, layout, fault = os.fstat(descriptor).st_size, None, ""
-        if size != record.shard_bytes:
-            fault = f"it has {size} bytes, the manifest says {record.shard_bytes}"
-        else:
-            try:
-                layout = open_shard(path, header, record)
-            except (StoreError, OSError) as error:
-                fault = _told(error, path)
-        if layout is None:
-            # What gapprobe writes follows from the sizes, so that a lost header costs nothing if the rest fits. Without
-            # the checksums, which stand last, nothing could be told of the rest.
-            if plan.size != record.shard_bytes or size < plan.tensors[CHECKSUMS_TENSOR][2]:
-                return None, fault
-            layout = Shard(path, record.rows, record.tokens, len(plan.head), {}, plan.tensors)
-        content = _read_through(descriptor, layout, header, record.shard_bytes, plan.head, keep)
+    try:
+        with _opened(path) as descriptor:
+            size, layout, fault = os.fstat(descriptor).st_size, None, ""
+            if size != record.shard_bytes:
+                fault = f"it has {size} bytes, the manifest says {record.shard_bytes}"
+            else:
+                try:
+                    layout = open_shard(path, header, record)
+                except (StoreError, OSError) as error:
+                    fault = _told(error, path)
+            if layout is None:
+                # What gapprobe writes follows from the sizes, so that a lost header costs nothing if the rest fits.
+                # Without the checksums, which stand last, nothing could be told of the rest.
+                if plan.size != record.shard_bytes or size < plan.tensors[CHECKSUMS_TENSOR][2]:
+                    return None, fault
+                layout = Shard(path, record.rows, record.tokens, len(plan.head), {}, plan.tensors)
+            content = _read_through(descriptor, layout, header, record.shard_bytes, plan.head, keep)
+    except _NoFileError as error:
+        return None, str(error)
     if not fault and content.whole == record.shard_xxh128:
         # Then checksums of blocks that do not fit were written so, and no byte has changed.
         content.damaged.clear()
@@ -296,14 +301,14 @@ def _read_sealed(path: Path, header: StoreHeader, record: ShardRecord, keep: boo
 
 def _read_published(path: Path, header: StoreHeader, keep: bool) -> tuple[_Content | None, str]:
     """Read a shard that no line names; return its content where there is any to be trusted, and what is wrong."""
-    with _opened(path) as descriptor:
-        if descriptor is None:
-            return None, "it is missing"
-        try:
+    try:
+        with _opened(path) as descriptor:
             layout = open_shard(path, header)
-        except (StoreError, OSError) as error:
-            return None, _told(error, path)
-        content = _read_through(descriptor, layout, header, os.fstat(descriptor).st_size, b"", keep)
+            content = _read_through(descriptor, layout, header, os.fstat(descriptor).st_size, b"", keep)
+    except _NoFileError as error:
+        return None, str(error)
+    except (StoreError, OSError) as error:
+        return None, _told(error, path)
     return content, _told_blocks(content) if content.damaged else ""
 
 
@@ -319,16 +324,18 @@ def _told_blocks(content: _Content) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Generator[int | None, None, None]:
-    """Open a file; yield None if there is none."""
+def _opened(path: Path) -> Generator[int, None, None]:
+    """Open a file for reading."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield None
-        return
+        # A pipe of that name would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise _NoFileError("it is missing") from error
     except OSError as error:
         raise _UnreadableError(f"{path} cannot be read: {error.strerror}") from error
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _NoFileError("it is no file, but something else")
         yield descriptor
     finally:
         os.close(descriptor)

@@ -24,17 +24,21 @@ from gapprobe.errors import StoreError
 from gapprobe.files import sync_folder, write_bytes
 from gapprobe.store import disk, sealing
 from gapprobe.store.arena import Arena
-from gapprobe.store.care import alone, packed
+from gapprobe.store.care import alone, packed, read_small
 from gapprobe.store.examining import Examined, examine, examine_all, examine_published
 from gapprobe.store.format import (
+    FORMAT,
     MANIFEST_FILE,
+    MAX_JSON_BYTES,
     ROWS,
     ROWS_SUFFIX,
     SHARD_SUFFIX,
     SHARDS,
     STORE_FILE,
+    VERSION,
     ShardRecord,
     StoreHeader,
+    parse_json,
     rows_name,
     shard_name,
 )
@@ -45,6 +49,8 @@ from gapprobe.store.verify import Problem, damaged_lines, problems_of, repeated
 from gapprobe.store.writer import StoreWriter
 
 DAMAGED = "damaged"
+# Evidence in larger files is not worth its time: a manifest of so many bytes has some 200,000 shards.
+_MOST_READ = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ class _Run:
         try:
             return read_header(self.path)
         except StoreError as error:
-            if not (self.path / SHARDS).is_dir():
+            if not (self.path / SHARDS).is_dir() or not self._header_is_damaged(error):
                 raise
             if like is None:
                 raise StoreError(
@@ -191,6 +197,18 @@ class _Run:
                 os.rename(file, self.path / STORE_FILE)
             sync_folder(self.path)
         return header
+
+    def _header_is_damaged(self, error: StoreError) -> bool:
+        """Return whether store.json is missing or damaged, not only of another version or not ours to read."""
+        cause = error.__cause__
+        if isinstance(cause, OSError):
+            return isinstance(cause, FileNotFoundError) or cause.errno == errno.EIO
+        try:
+            fields = parse_json(read_small(self.path / STORE_FILE, MAX_JSON_BYTES) or b"", STORE_FILE)
+        except StoreError:
+            return True
+        version = fields.get("version")
+        return fields.get("format") != FORMAT or not isinstance(version, int) or version == VERSION
 
     @staticmethod
     def _fits(file: Path, header: StoreHeader) -> bool:
@@ -271,19 +289,13 @@ class _Run:
         return [number]
 
     def _hashes_of_manifest(self) -> set[str]:
-        try:
-            text = (self.path / MANIFEST_FILE).read_bytes()
-        except OSError:
-            return set()
+        text = read_small(self.path / MANIFEST_FILE, _MOST_READ) or b""
         return {found.decode() for found in re.findall(rb"[0-9a-f]{64}", text)}
 
     def _proven_table(self, file: Path) -> bytes | None:
         """Return a table of rows whose line is damaged, if what is left of the line proves that it is sound."""
-        try:
-            content = file.read_bytes()
-        except OSError:
-            return None
-        return content if hashlib.sha256(content).hexdigest() in self._hashes else None
+        content = read_small(file, _MOST_READ) if self._hashes else None
+        return content if content is not None and hashlib.sha256(content).hexdigest() in self._hashes else None
 
     def _lose(self, table: bytes | None) -> None:
         """Note all rows of a shard as lost."""
