@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from gapprobe.errors import OutputError, StoreError
-from gapprobe.store import compacting
+from gapprobe.store import compacting, sealing
 from gapprobe.store.arena import token_bytes
 from gapprobe.store.clearing import collect_garbage
 from gapprobe.store.compacting import compact_store
@@ -157,7 +157,7 @@ def test_a_damaged_manifest_and_doubled_rows_are_refused(tmp_path):
 
 
 def test_lines_that_come_in_meanwhile_are_kept(tmp_path, monkeypatch):
-    rows, real = some_rows(15), compacting.packed
+    rows, real = some_rows(15), sealing.packed
     write(tmp_path, rows[:12])
 
     def packed(*args):
@@ -165,22 +165,22 @@ def test_lines_that_come_in_meanwhile_are_kept(tmp_path, monkeypatch):
         write(tmp_path, rows)
         return real(*args)
 
-    monkeypatch.setattr(compacting, "packed", packed)
+    monkeypatch.setattr(sealing, "packed", packed)
     compact_store(tmp_path)
     assert same_rows(tmp_path, rows)
     assert [record.rows for record in read_manifest(tmp_path).records] == [12, 3]
 
 
 def test_two_compactions_at_once_leave_one_result(tmp_path, monkeypatch):
-    rows, real = some_rows(12), compacting.packed
+    rows, real = some_rows(12), sealing.packed
     write(tmp_path, rows)
 
     def packed(*args):
-        monkeypatch.setattr(compacting, "packed", real)
+        monkeypatch.setattr(sealing, "packed", real)
         assert compact_store(tmp_path).after == 1
         return real(*args)
 
-    monkeypatch.setattr(compacting, "packed", packed)
+    monkeypatch.setattr(sealing, "packed", packed)
     done = compact_store(tmp_path)
     assert done.old_bytes == 0
     assert same_rows(tmp_path, rows)

@@ -98,11 +98,11 @@ def processes():
 @pytest.mark.parametrize(
     ("action", "links", "step", "least"),
     [
-        ("repair", True, 2, 40),
-        ("compact", True, 1, 20),
-        ("compact", False, 2, 20),
-        ("merge", True, 2, 40),
-        ("merge", False, 3, 40),
+        ("repair", True, 1, 20),
+        ("compact", True, 1, 8),
+        ("compact", False, 1, 8),
+        ("merge", True, 1, 20),
+        ("merge", False, 1, 20),
         ("gc", True, 1, 8),
     ],
 )

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import fcntl
 import multiprocessing
 import os
 import subprocess
@@ -16,6 +17,8 @@ from gapprobe.store.reader import open_store
 from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
 from tests.store.rows import HEADER, equal, holds, make_row, reheaded, some_rows, write
+
+O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def changed(row, **fields):
@@ -276,6 +279,52 @@ def test_a_failing_disk_is_an_output_error_and_the_rows_in_hand_can_be_flushed_a
     assert holds(tmp_path, rows)
 
 
+def test_large_shards_are_written_past_the_page_cache_and_hold_the_same(tmp_path, monkeypatch):
+    """Also where the file system refuses at once, or at the first write."""
+    rows, direct, written = [make_row(str(i), 20_000) for i in range(20)], [], {}
+
+    def watched(descriptor, data, at, real=os.pwrite):
+        direct.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & O_DIRECT))
+        return real(descriptor, data, at)
+
+    ways = {
+        "directly": (os, "pwrite", watched),
+        "never asked": (disk, "_DIRECT", 0),
+        "refused": (fcntl, "fcntl", unable_to_set),
+        "refused later": (os, "pwrite", unable_to_write),
+    }
+    for name, (module, attribute, replacement) in ways.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(module, attribute, replacement)
+            write(tmp_path / name, rows, batch=len(rows))
+        written[name] = (tmp_path / name / "shards" / "000000.safetensors").read_bytes()
+        assert verify_store(tmp_path / name) == []
+    assert len(written["directly"]) > 2 * disk.PIECE
+    assert (sum(direct) >= 2) == can_write_directly(tmp_path)
+    assert len(set(written.values())) == 1
+    assert holds(tmp_path / "directly", rows)
+
+
+def can_write_directly(folder):
+    try:
+        os.close(os.open(folder / "probe", os.O_CREAT | os.O_WRONLY | O_DIRECT))
+    except OSError:
+        return False
+    return bool(O_DIRECT)
+
+
+def unable_to_set(descriptor, command, *value, real=fcntl.fcntl):
+    if command == fcntl.F_SETFL:
+        raise OSError(errno.EINVAL, "injected")
+    return real(descriptor, command, *value)
+
+
+def unable_to_write(descriptor, data, at, real=os.pwrite):
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & O_DIRECT:
+        raise OSError(errno.EINVAL, "injected")
+    return real(descriptor, data, at)
+
+
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, at: real(descriptor, data[:7], at))
@@ -327,7 +376,7 @@ def test_leftovers_are_cleared_and_what_is_no_leftover_is_not(tmp_path):
         }  # fmt: skip
     assert [problem.file for problem in verify_store(tmp_path)] == ["shards/000010.safetensors"]
     write(tmp_path, some_rows(12))
-    assert (shards / "000011.safetensors").exists()
+    assert (shards / "000003.safetensors").exists()
 
 
 @pytest.mark.parametrize("missing", ["link", "flock", "both"])

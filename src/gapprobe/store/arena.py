@@ -13,6 +13,7 @@ from jaxtyping import Int64, Shaped, UInt8
 from torch import Tensor
 
 from gapprobe.store.format import StoredRow, StoreHeader, Value
+from gapprobe.store.memory import fresh
 
 # Rows without tokens take no room in a shard, but their columns do in memory.
 MAX_ROWS = 1 << 16
@@ -34,7 +35,7 @@ class Arena:
     def __init__(self, header: StoreHeader, capacity: int) -> None:
         self.capacity = capacity
         self._positions = len(header.positions)
-        self._residual = torch.empty(len(header.layers), capacity, header.width, dtype=header.torch_dtype)
+        self._residual = fresh((len(header.layers), capacity, header.width), header.torch_dtype)
         self._bytes = self._residual.view(torch.uint8).numpy()
         self._numbers = torch.empty(2, capacity, dtype=torch.int64)
         self._codes = torch.empty(2, capacity, dtype=torch.uint8)
@@ -135,8 +136,10 @@ class Arena:
         # The number of the marked token, counting marked tokens only, is how many were marked before its row.
         single = (before.diff() == 1).nonzero()[:, 0]
         tokens = marked.nonzero()[:, 0][before[single]]
+        # Several times faster than indexing all layers at once.
+        found = torch.index_select(self._residual, 1, tokens)
         if len(single) == len(self.ids):
-            return self.residual[:, tokens]
-        result = torch.zeros(len(self._residual), len(self.ids), self._residual.shape[2], dtype=self._residual.dtype)
-        result[:, single] = self.residual[:, tokens]
+            return found
+        result = torch.zeros(len(found), len(self.ids), found.shape[2], dtype=found.dtype)
+        result[:, single] = found
         return result

@@ -5,11 +5,9 @@ Decides which rows make up which batch, and reads them a window at a time; `gath
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -23,13 +21,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from gapprobe.errors import StoreError
 from gapprobe.store.format import layer_name, shard_name
 from gapprobe.store.gather import Job, Part, position_jobs, run_jobs, token_jobs, token_offsets
+from gapprobe.store.memory import fresh
 from gapprobe.store.reader import Store, TokenBatch, open_store
 from gapprobe.store.shard import Shard, open_shard
 from gapprobe.store.table import ID, read_table
 
 # A window is drawn from about so many places: enough to mix, few enough that each is a long read.
 RUNS = 64
-_HUGE_PAGE = 2 << 20
 
 
 class TokenBatches(IterableDataset[TokenBatch]):
@@ -207,7 +205,7 @@ class TokenBatches(IterableDataset[TokenBatch]):
         return cast(list[str], table.column(ID).to_pylist())
 
     def _room(self, tokens: int) -> Shaped[Tensor, "l t d"]:
-        return _fresh((len(self.layers), tokens, self._header.width), self._header.torch_dtype)
+        return fresh((len(self.layers), tokens, self._header.width), self._header.torch_dtype)
 
     def _load(self, plan: _Plan, batches: NDArray[np.int64], room: Shaped[Tensor, "l t d"]) -> _Loaded:
         """Read the rows of some batches, in the order in which they are yielded, into `room` or, one batch, its own."""
@@ -273,7 +271,7 @@ class _Loaded:
             begin, end = self.offsets[[first, last]].tolist()
             residual = self.residual
             if len(self.cuts) > 2:
-                residual = _fresh((len(self.layers), end - begin, residual.shape[2]), residual.dtype)
+                residual = fresh((len(self.layers), end - begin, residual.shape[2]), residual.dtype)
                 residual.copy_(self.residual[:, begin:end])
             yield TokenBatch(
                 tuple(self.ids[first:last].tolist()),
@@ -324,20 +322,6 @@ def _numbers(store: Store, rows: Iterable[str]) -> NDArray[np.int64]:
         missing = wanted.difference(store.ids)
         raise StoreError(f"{store.path} has no row {min(missing)!r:.80} ({len(missing)} of {len(wanted)} are missing)")
     return np.array(found, np.int64)
-
-
-def _fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return memory of its own, in huge pages where there are any.
-
-    The first touch of an ordinary page costs more than reading it from a cached file: reading into this took 0.4 of the
-    time (Linux 6.18 in a virtual machine).
-    """
-    size = prod(shape) * dtype.itemsize
-    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=dtype).view(shape)
 
 
 def _refuse_below(least: int, **numbers: int) -> None:

@@ -1,22 +1,19 @@
-"""What repairing, compacting and clearing up share: being alone with a store, room on the disk, and new shards.
+"""What repairing, compacting and clearing up share: being alone with a store, and room on the disk.
 
 All of them change a store only in steps after each of which it holds the rows that it held before, or more.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gapprobe.errors import OutputError, StoreError
 from gapprobe.files import as_output_error
-from gapprobe.store import disk, sealing
-from gapprobe.store.arena import Arena
-from gapprobe.store.format import LOCK_FILE, SHARDS, ShardRecord, StoreHeader
-from gapprobe.store.packing import write_shard
+from gapprobe.store import disk
+from gapprobe.store.format import LOCK_FILE
 
 
 @contextmanager
@@ -34,20 +31,6 @@ def alone(path: Path, what: str) -> Generator[None, None, None]:
                 "another disk, and do it there."
             )
         yield
-
-
-@contextmanager
-def packed(
-    path: Path, header: StoreHeader, arena: Arena, table: bytes, versions: Mapping[str, str] | None
-) -> Generator[tuple[Path, Path, ShardRecord], None, None]:
-    """Write a shard and its table of rows to temporaries, synced; yield both and their record, without a number yet."""
-    with (
-        disk.temporary(path / SHARDS) as (shard, descriptor),
-        sealing.new_rows_file(path, table) as rows,
-    ):
-        size, digest = write_shard(descriptor, header, arena, table)
-        checksum = hashlib.sha256(table).hexdigest()
-        yield shard, rows, ShardRecord(0, len(arena.ids), arena.tokens, size, digest, len(table), checksum, versions)
 
 
 def read_small(path: Path, most: int) -> bytes | None:

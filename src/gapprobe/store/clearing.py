@@ -10,17 +10,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-from gapprobe.errors import StoreError
 from gapprobe.store import disk, sealing
 from gapprobe.store.care import alone, told
-from gapprobe.store.examining import published_ids
-from gapprobe.store.format import ROWS, SHARDS, ShardRecord, StoreHeader, rows_name, shard_name
+from gapprobe.store.format import ROWS, SHARDS, rows_name, shard_name
+from gapprobe.store.homes import Homes
 from gapprobe.store.manifest import listed_numbers, read_header, read_manifest
 from gapprobe.store.repairing import DAMAGED
-from gapprobe.store.shard import open_shard
-from gapprobe.store.table import ID, read_table
 
 _SHOWN = 20
 _DAMAGED_NAME = re.compile(
@@ -83,7 +79,7 @@ def collect_garbage(path: str | Path, dry_run: bool = False, damaged: bool = Fal
             files |= {str(file.relative_to(path)): size for file, size in found.items()}
         records = read_manifest(path).records
         unnamed = sorted(listed_numbers(path) - {record.shard for record in records})
-        sealed = _Sealed(path, header, records if unnamed else ())
+        sealed = Homes(path, header, records if unnamed else ())
         for number in unnamed:
             why = sealed.why_needed(number)
             if why:
@@ -106,37 +102,3 @@ def collect_garbage(path: str | Path, dry_run: bool = False, damaged: bool = Fal
 
 def _sizes(path: Path, names: Iterable[str]) -> dict[str, int]:
     return {name: (path / name).stat().st_size for name in names if (path / name).exists()}
-
-
-class _Sealed:
-    """Which shard holds which row."""
-
-    def __init__(self, path: Path, header: StoreHeader, records: Iterable[ShardRecord]) -> None:
-        self._path = path
-        self._header = header
-        self._records = list(records)
-        self._home = {
-            id_: i
-            for i, record in enumerate(self._records)
-            for id_ in cast(list[str], read_table(path, header, record, [ID]).column(ID).to_pylist())
-        }
-
-    def why_needed(self, number: int) -> str:
-        """Return why a shard that no line names must stay; empty if all that it holds is held elsewhere."""
-        file = self._path / shard_name(number)
-        if not file.exists() or not file.stat().st_size:
-            # A writer publishes the shard first; what has a table and no shard has lost it.
-            return "its shard is missing" if (self._path / rows_name(number)).exists() else ""
-        try:
-            ids = published_ids(self._path, self._header, number)
-        except StoreError as error:
-            return str(error).removeprefix(f"{file} ")
-        if not self._home.keys() >= ids:
-            return "some of its rows are sealed nowhere else; `gapprobe store repair` seals them"
-        for home in sorted({self._home[id_] for id_ in ids}):
-            record = self._records[home]
-            try:
-                open_shard(self._path / shard_name(record.shard), self._header, record)
-            except StoreError as error:
-                return f"shard {record.shard}, which holds its rows now, is damaged: {error}"
-        return ""

@@ -18,10 +18,11 @@ from gapprobe.errors import StoreError
 from gapprobe.files import as_output_error
 from gapprobe.store import disk, sealing
 from gapprobe.store.arena import MAX_ROWS, Arena, token_bytes
-from gapprobe.store.care import alone, packed, require_room, told
+from gapprobe.store.care import alone, require_room, told
 from gapprobe.store.examining import examine
 from gapprobe.store.format import ROWS, SHARDS, ShardRecord, StoreHeader, rows_name, shard_name
 from gapprobe.store.manifest import read_header, read_manifest
+from gapprobe.store.packing import derive
 from gapprobe.store.table import decode_table, encode_table
 
 
@@ -133,7 +134,7 @@ def _join(path: Path, header: StoreHeader, group: Sequence[ShardRecord], arena: 
     table = encode_table(cast(pa.Table, pa.concat_tables(tables, promote_options="permissive")))
     with (
         as_output_error(f"{path}: it cannot be compacted", lambda: "All rows are where they were."),
-        packed(path, header, arena, table, group[0].versions) as (shard, rows, new),
+        sealing.packed(path, header, arena, derive(header, arena), table, group[0].versions) as (shard, rows, new),
         alone(path, "it cannot be compacted"),
     ):
         records = {record.shard: record for record in read_manifest(path).records}

@@ -1,19 +1,20 @@
 """Writing one shard: an arena of rows becomes a safetensors file whose header is written last.
 
-Sizes are known before the first byte, so every tensor is written where it belongs, and moments and checksums are taken
-from memory while the disk works.
+Sizes are known before the first byte. Tensors are copied, in the order of the file, into pieces that lie as the disk
+wants them, and checksums are taken there, while the disk takes the piece before.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from typing import cast
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -32,12 +33,14 @@ from gapprobe.store.format import (
     layout,
     position_name,
 )
+from gapprobe.store.memory import fresh
 from gapprobe.store.moments import by_position
 from gapprobe.store.shard import BYTES, as_bytes
 
-ALIGNMENT = 4096
 # Marked positions are stored a second time, densely, where that takes at most this share of the residuals.
 DENSE_SHARE = 1 / 8
+# Pieces of a file in memory at a time.
+_ROOMS = 3
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def plan_shard(header: StoreHeader, size: ShardSize) -> Plan:
     metadata = {"format": FORMAT, "version": str(VERSION), "fingerprint": header.fingerprint}
     must, may = layout(header, size)
     sizes = must | {name: entry for name, entry in may.items() if name.startswith("moments.")}
-    if size.rows * len(header.positions) <= size.tokens * DENSE_SHARE:
+    if _pays(header, size.rows, size.tokens):
         sizes |= {name: entry for name, entry in may.items() if name.startswith("position.")}
     begins: dict[str, int] = {}
     end = 0
@@ -73,68 +76,92 @@ def plan_shard(header: StoreHeader, size: ShardSize) -> Plan:
     return Plan(head, tensors, len(head) + end + prod(sizes[CHECKSUMS_TENSOR][1]))
 
 
-def write_shard(descriptor: int, header: StoreHeader, arena: Arena, table: bytes) -> tuple[int, str]:
-    """Write the rows of an arena into an empty file, its header last, and sync it. Return its size and XXH128."""
+def derive(header: StoreHeader, arena: Arena) -> dict[str, Tensor]:
+    """Return what a shard keeps besides the rows' own tensors, by name: moments and, where they pay, dense copies."""
+    positions = range(len(header.positions))
+    count, mean, std = by_position(arena.residual, arena.token_marks, len(header.positions))
+    found = {"moments.count": count, "moments.mean": mean, "moments.std": std}
+    if _pays(header, len(arena.ids), arena.tokens):
+        found |= {position_name(i): arena.at_position(i) for i in positions}
+    return found
+
+
+def write_shard(
+    descriptor: int, header: StoreHeader, arena: Arena, derived: Mapping[str, Tensor], table: bytes
+) -> tuple[int, str]:
+    """Write the rows of an arena into an empty file, its header last, and sync it.
+
+    Args:
+        descriptor: of the file.
+        header: of the store.
+        arena: the rows.
+        derived: what `derive` makes of them.
+        table: their columns, as parquet.
+
+    Returns:
+        The file's size and XXH128.
+    """
     plan = plan_shard(header, ShardSize(len(arena.ids), arena.tokens, len(table)))
+    tensors = {
+        **{layer_name(layer): arena.residual[index] for index, layer in enumerate(header.layers)},
+        "offsets": arena.offsets,
+        "token_ids": arena.token_ids,
+        "token_positions": arena.token_positions,
+        "token_roles": arena.token_roles,
+        "token_marks": arena.token_marks,
+        ROWS_TENSOR: torch.frombuffer(bytearray(table), dtype=torch.uint8),
+        **derived,
+    }
     disk.reserve(descriptor, plan.size)
-
-    data: dict[str, memoryview] = {}
-
-    def write(name: str, tensor: Tensor) -> None:
-        data[name] = as_bytes(tensor)
-        disk.write_all(descriptor, data[name], plan.tensors[name][2])
-
-    with ThreadPoolExecutor(1, "gapprobe-moments") as pool:
-        # The processor takes the moments while the disk takes the residuals.
-        found = pool.submit(by_position, arena.residual, arena.token_marks, len(header.positions))
-        for index, layer in enumerate(header.layers):
-            write(layer_name(layer), arena.residual[index])
-        for i in range(len(header.positions)):
-            if position_name(i) in plan.tensors:
-                write(position_name(i), arena.at_position(i))
-        write("offsets", arena.offsets)
-        for name in ("token_ids", "token_positions", "token_roles", "token_marks"):
-            write(name, cast(Tensor, getattr(arena, name)))
-        write(ROWS_TENSOR, torch.frombuffer(bytearray(table), dtype=torch.uint8))
-        for name, tensor in zip(("count", "mean", "std"), found.result(), strict=True):
-            write(f"moments.{name}", tensor)
-    whole, sums = xxhash.xxh3_128(plan.head), _BlockSums()
-    for name in plan.tensors:
-        if name != CHECKSUMS_TENSOR:
-            whole.update(data[name])
-            sums.update(data[name])
-    checksums = sums.digest()
+    disk.write_past_cache(descriptor)
+    whole, checksums, at = xxhash.xxh3_128(plan.head), bytearray(), len(plan.head)
+    with ThreadPoolExecutor(1, "gapprobe-write") as pool:
+        # The disk has a piece to take and the next one at hand while a third is made.
+        writing: deque[Future[None]] = deque()
+        for piece in _pieces([as_bytes(tensors[name]) for name in plan.tensors if name != CHECKSUMS_TENSOR]):
+            for block in range(0, len(piece), BLOCK):
+                checksums += xxhash.xxh3_64_digest(piece[block : block + BLOCK])
+            whole.update(piece)
+            if len(writing) == _ROOMS - 1:
+                writing.popleft().result()
+            writing.append(pool.submit(disk.write_all, descriptor, piece, at))
+            at += len(piece)
+        for written in writing:
+            written.result()
     whole.update(checksums)
-    disk.write_all(descriptor, memoryview(checksums), plan.tensors[CHECKSUMS_TENSOR][2])
+    disk.write_all(descriptor, memoryview(checksums), at)
     disk.write_all(descriptor, memoryview(plan.head), 0)
     os.fsync(descriptor)
     return plan.size, whole.hexdigest()
 
 
+def _pieces(parts: Sequence[memoryview]) -> Iterator[memoryview]:
+    """Cut what stands one after another in a file into large pieces, each in the memory of that `_ROOMS` before."""
+    left = sum(map(len, parts))
+    size = min(disk.PIECE, left)
+    rooms = [fresh((-(-size // disk.ALIGNMENT) * disk.ALIGNMENT,), torch.uint8).numpy() for _ in range(_ROOMS)]
+    number = filled = 0
+    for part in parts:
+        data = np.frombuffer(part, np.uint8)
+        while len(data):
+            count = min(len(data), size - filled)
+            # numpy copies without holding the interpreter up.
+            rooms[number % _ROOMS][filled : filled + count] = data[:count]
+            data, filled = data[count:], filled + count
+            if filled == size:
+                yield rooms[number % _ROOMS].data[:filled]
+                number += 1
+                left -= filled
+                size, filled = min(disk.PIECE, left), 0
+
+
+def _pays(header: StoreHeader, rows: int, tokens: int) -> bool:
+    """Return whether a shard keeps dense copies of its marked positions."""
+    return rows * len(header.positions) <= tokens * DENSE_SHARE
+
+
 def _head(entries: Mapping[str, object]) -> bytes:
     """Return length and header, padded so that data begin on a page and can be mapped or read directly."""
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text = text.ljust(-(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8)
+    text = text.ljust(-(-(8 + len(text)) // disk.ALIGNMENT) * disk.ALIGNMENT - 8)
     return len(text).to_bytes(8, "little") + text
-
-
-class _BlockSums:
-    """XXH3-64 of each `BLOCK` bytes of a stream."""
-
-    def __init__(self) -> None:
-        self._done = bytearray()
-        self._open, self._size = xxhash.xxh3_64(), 0
-
-    def update(self, data: memoryview) -> None:
-        """Take more bytes of the stream."""
-        while len(data):
-            piece, data = data[: BLOCK - self._size], data[BLOCK - self._size :]
-            self._open.update(piece)
-            self._size += len(piece)
-            if self._size == BLOCK:
-                self._done += self._open.digest()
-                self._open, self._size = xxhash.xxh3_64(), 0
-
-    def digest(self) -> bytes:
-        """Return the checksums of all blocks, the last of which may be short."""
-        return bytes(self._done + (self._open.digest() if self._size else b""))

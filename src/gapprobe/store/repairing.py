@@ -24,7 +24,7 @@ from gapprobe.errors import StoreError
 from gapprobe.files import sync_folder, write_bytes
 from gapprobe.store import disk, sealing
 from gapprobe.store.arena import Arena
-from gapprobe.store.care import alone, packed, read_small
+from gapprobe.store.care import alone, read_small
 from gapprobe.store.examining import Examined, examine, examine_all, examine_published
 from gapprobe.store.format import (
     FORMAT,
@@ -43,6 +43,7 @@ from gapprobe.store.format import (
     shard_name,
 )
 from gapprobe.store.manifest import Manifest, listed_numbers, read_header, read_manifest
+from gapprobe.store.packing import derive
 from gapprobe.store.shard import open_shard
 from gapprobe.store.table import ID, decode_table, encode_table
 from gapprobe.store.verify import Problem, damaged_lines, problems_of, repeated
@@ -320,8 +321,9 @@ class _Run:
             table = encode_table(decode_table(table, Path(rows_name(found.number)), len(kept)).take(rows))
         arena = Arena(header, found.held.tokens_of(rows))
         found.held.pour(header, found.ids, rows, arena)
-        with packed(self.path, header, arena, table, versions) as (shard_file, rows_file, record):
-            number = sealing.publish(self.path, shard_file, rows_file, ())
+        derived = derive(header, arena)
+        with sealing.packed(self.path, header, arena, derived, table, versions) as (shard_file, rows_file, record):
+            number = sealing.publish(self.path, shard_file, rows_file, listed_numbers(self.path))
         self.saved += len(rows)
         return [replace(record, shard=number)]
 

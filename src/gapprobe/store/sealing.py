@@ -1,19 +1,24 @@
-"""Publishing a shard: the steps after which its rows are safe. Writers and those who rearrange a store share them.
+"""Making a shard and publishing it: the steps after which its rows are safe. All that write to a store share them.
 
 The order of the steps is the guarantee; `docs/store-format.md` explains it. All of them happen under the store's lock.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from torch import Tensor
+
 from gapprobe.files import sync_folder
 from gapprobe.store import disk
-from gapprobe.store.format import MANIFEST_FILE, ROWS, SHARDS, ShardRecord, rows_name, shard_name
-from gapprobe.store.manifest import listed_numbers, read_manifest
+from gapprobe.store.arena import Arena
+from gapprobe.store.format import MANIFEST_FILE, ROWS, SHARDS, ShardRecord, StoreHeader, rows_name, shard_name
+from gapprobe.store.manifest import read_manifest
+from gapprobe.store.packing import write_shard
 
 
 @contextmanager
@@ -25,13 +30,33 @@ def new_rows_file(store: Path, table: bytes) -> Generator[Path, None, None]:
         yield path
 
 
+@contextmanager
+def packed(
+    store: Path,
+    header: StoreHeader,
+    arena: Arena,
+    derived: Mapping[str, Tensor],
+    table: bytes,
+    versions: Mapping[str, str] | None = None,
+) -> Generator[tuple[Path, Path, ShardRecord], None, None]:
+    """Write a shard and its table of rows to temporaries, synced; yield both and their record, without a number yet."""
+    with disk.temporary(store / SHARDS) as (shard, descriptor), new_rows_file(store, table) as rows:
+        size, digest = write_shard(descriptor, header, arena, derived, table)
+        checksum = hashlib.sha256(table).hexdigest()
+        yield shard, rows, ShardRecord(0, len(arena.ids), arena.tokens, size, digest, len(table), checksum, versions)
+
+
 def publish(store: Path, shard: Path, rows: Path, taken: Collection[int]) -> int:
-    """Give both files the next free number. Linking is what makes a number ours, lock or no lock."""
-    number = max({*taken, *listed_numbers(store)}, default=-1) + 1
+    """Give both files the next number after those taken. Linking is what makes a number ours, lock or no lock."""
+    number = max(taken, default=-1) + 1
     while True:
         if disk.publish(shard, store / shard_name(number)):
-            if disk.publish(rows, store / rows_name(number)):
-                break
+            try:
+                if disk.publish(rows, store / rows_name(number)):
+                    break
+            except OSError:
+                (store / shard_name(number)).unlink()
+                raise
             (store / shard_name(number)).unlink()
         number += 1
     sync_folder(store / SHARDS)

@@ -37,8 +37,9 @@ from gapprobe.store.format import (
     rows_name,
     shard_name,
 )
+from gapprobe.store.homes import Homes
 from gapprobe.store.manifest import listed_numbers, read_header, read_manifest
-from gapprobe.store.packing import write_shard
+from gapprobe.store.packing import derive
 from gapprobe.store.shard import file_xxh128, open_shard
 from gapprobe.store.table import (
     ID,
@@ -84,11 +85,12 @@ class StoreWriter:
         self._guard = threading.Lock()
         self._ids: set[str] = set()
         self._numbers: set[int] = set()
+        self._manifest: tuple[int, int] | None = None
         self._schema = pa.schema([(ID, pa.string())])
         self._types: dict[str, set[pa.DataType]] = {}
         self._capacity = max(1, shard_bytes // token_bytes(header))
         self._filling = Arena(header, self._capacity)
-        self._full: Arena | None = None
+        self._full: tuple[Arena, Mapping[str, Tensor]] | None = None
         self._spare: Arena | None = None
         self._taken: set[str] = set()
         self._thread = ThreadPoolExecutor(1, "gapprobe-store")
@@ -223,64 +225,75 @@ class StoreWriter:
 
     def _hand_over(self) -> None:
         """Have the thread seal the rows in hand, once it is done with those before."""
+        # Here rather than in the thread, which may still have the disk to wait for.
+        derived = derive(self.header, self._filling)
         self._settle()
-        self._full, self._filling = self._filling, self._spare or Arena(self.header, self._capacity)
-        self._spare = None
-        self._sealing = self._thread.submit(self._seal, self._full)
+        self._full = self._filling, derived
+        self._filling, self._spare = self._spare or Arena(self.header, self._capacity), None
+        self._sealing = self._thread.submit(self._seal, *self._full)
 
     def _settle(self) -> None:
         """Wait until the rows handed over are sealed; try once more if that failed before."""
         if self._full is None:
             return
         if self._sealing is None:
-            self._sealing = self._thread.submit(self._seal, self._full)
+            self._sealing = self._thread.submit(self._seal, *self._full)
         try:
             self._sealing.result()
         except Exception:
             self._sealing = None
             raise
-        arena, self._full, self._sealing = self._full, None, None
+        arena, self._full, self._sealing = self._full[0], None, None
         arena.clear()
         self._taken = set(self._filling.ids)
         # A batch larger than a shard made this one; its memory is not kept.
         self._spare = arena if arena.capacity == self._capacity else None
 
-    def _seal(self, arena: Arena) -> None:
+    def _seal(self, arena: Arena, derived: Mapping[str, Tensor]) -> None:
         """Write rows to temporaries, then publish them; begin anew without those that another writer was first with."""
         while arena.ids:
-            with self._failing(f"{len(arena.ids)} rows could not be stored"):
-                table = encode_table(build_table(arena.ids, arena.columns))
-                checksum = hashlib.sha256(table).hexdigest()
-                with (
-                    disk.temporary(self.path / SHARDS) as (shard, descriptor),
-                    sealing.new_rows_file(self.path, table) as rows_file,
-                ):
-                    size, digest = write_shard(descriptor, self.header, arena, table)
-                    with self._locked() as locked:
-                        self._refresh()
-                        again = self._ids.intersection(arena.ids)
-                        if not again:
-                            number = sealing.publish(self.path, shard, rows_file, self._numbers)
-                            record = ShardRecord(
-                                number, len(arena.ids), arena.tokens, size, digest, len(table), checksum
-                            )
-                            self._record(record, self.header.versions, locked)
-                            self._learn(number, arena.ids)
-                            return
-                arena.drop(again)
+            with (
+                self._failing(f"{len(arena.ids)} rows could not be stored"),
+                sealing.packed(
+                    self.path, self.header, arena, derived, encode_table(build_table(arena.ids, arena.columns))
+                ) as (shard, rows_file, record),
+                self._locked() as locked,
+            ):
+                self._refresh()
+                again = self._ids.intersection(arena.ids)
+                if not again:
+                    number = sealing.publish(self.path, shard, rows_file, self._numbers)
+                    self._record(replace(record, shard=number), self.header.versions, locked)
+                    self._learn(number, arena.ids)
+                    return
+            arena.drop(again)
+            derived = derive(self.header, arena)
 
     def _record(self, record: ShardRecord, versions: Mapping[str, str], locked: bool) -> None:
         """Seal a published shard. Another torch is no reason to refuse, but the rows it made must be told apart."""
         noted = None if versions == self._stored_versions else versions
         sealing.record(self.path, replace(record, versions=noted), locked)
+        # Without a lock, another writer's line may have come before ours, unread.
+        self._manifest = self._stamp() if locked else None
 
     def _refresh(self) -> None:
         """Learn of the shards that other writers have sealed."""
+        stamp = self._stamp()
+        if stamp == self._manifest:
+            return
         for record in read_manifest(self.path).records:
             if record.shard not in self._numbers:
                 table = read_table(self.path, self.header, record)
                 self._learn_schema(table.schema)
                 self._learn(record.shard, table.column(ID).to_pylist())
+        self._manifest = stamp
+
+    def _stamp(self) -> tuple[int, int] | None:
+        """Return what tells whether the manifest has changed: it only grows, or is replaced by another file."""
+        with suppress(FileNotFoundError):
+            status = (self.path / MANIFEST_FILE).stat()
+            return status.st_ino, status.st_size
+        return None
 
     def _learn(self, number: int, ids: Iterable[str]) -> None:
         with self._guard:
@@ -314,7 +327,8 @@ class StoreWriter:
         table = decode_table(content, path, shard.rows)
         ids = table.column(ID).to_pylist()
         if self._ids.issuperset(ids):
-            sealing.remove(self.path, number)
+            if not Homes(self.path, self.header, read_manifest(self.path).records).why_needed(number):
+                sealing.remove(self.path, number)
         elif self._ids.isdisjoint(ids) and not shard.damaged_blocks() and shard.offsets[-1] == shard.tokens:
             self._learn_schema(table.schema)
             rows = self.path / rows_name(number)
