@@ -15,10 +15,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from gapprobe.errors import StoreError
-from gapprobe.files import as_output_error
+from gapprobe.files import as_output_error, require_room, told_bytes
 from gapprobe.store import disk, sealing
 from gapprobe.store.arena import MAX_ROWS, Arena, token_bytes
-from gapprobe.store.care import alone, packed, require_room, told
+from gapprobe.store.care import alone, packed
 from gapprobe.store.examining import examine
 from gapprobe.store.format import ROWS, SHARDS, ShardRecord, StoreHeader, rows_name, shard_name
 from gapprobe.store.manifest import read_header, read_manifest
@@ -39,8 +39,8 @@ class Compaction:
         if not self.old_bytes:
             return f"{self.path}: already compact, {self.before:,} shards"
         return (
-            f"{self.path}: {self.before:,} shards became {self.after:,}; {told(self.old_bytes)} of old files stay for "
-            f"programs that have the store open, until: gapprobe store gc {self.path}"
+            f"{self.path}: {self.before:,} shards became {self.after:,}; {told_bytes(self.old_bytes)} of old files "
+            f"stay for programs that have the store open, until: gapprobe store gc {self.path}"
         )
 
 

@@ -21,9 +21,8 @@ from typing import cast
 from tqdm import tqdm
 
 from gapprobe.errors import StoreError
-from gapprobe.files import as_output_error
+from gapprobe.files import as_output_error, require_room
 from gapprobe.store import disk
-from gapprobe.store.care import require_room
 from gapprobe.store.format import MANIFEST_FILE, SHARDS, STORE_FILE, ShardRecord, StoreHeader, shard_name
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.reader import Store, open_store

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from gapprobe.errors import StoreError
-from gapprobe.files import as_output_error
+from gapprobe.files import as_output_error, require_room
 from gapprobe.store import disk
 from gapprobe.store.arena import token_bytes
-from gapprobe.store.care import require_room
 from gapprobe.store.format import MAX_JSON_BYTES, SHARDS, STORE_FILE, ShardRecord, StoreHeader, rows_name, shard_name
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.places import Damaged, Place

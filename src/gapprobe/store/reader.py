@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gapprobe.errors import StoreError
+from gapprobe.files import told_bytes
 from gapprobe.store.format import (
     STORE_FILE,
     VERSION,
@@ -68,7 +69,7 @@ class StoreInfo:
             "settings": ", ".join(f"{name} {count:,}" for name, count in self.settings.items()) or "not given",
             "tokens": f"{self.tokens:,} at {', '.join(self.positions) or 'no named position'}",
             "residuals": f"{layers} layers of width {self.width}, {self.dtype}",
-            "disk": f"{self.bytes / 1e6:,.1f} MB in {self.shards:,} shards",
+            "disk": f"{told_bytes(self.bytes)} in {self.shards:,} shards",
         }
         return "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items())
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from gapprobe.errors import ConfigError, StoreError
+from gapprobe.files import told_bytes
 from gapprobe.store.format import MANIFEST_FILE, MAX_JSON_BYTES, ShardRecord, StoreHeader, rows_name
 from gapprobe.store.places import Damaged, Place
 
@@ -46,7 +47,7 @@ class Transfer:
     def __str__(self) -> str:
         """Return a sentence."""
         return (
-            f"{self.shards:,} shards transferred ({self.bytes / 1e6:,.1f} MB, {self.rows:,} new rows); "
+            f"{self.shards:,} shards transferred ({told_bytes(self.bytes)}, {self.rows:,} new rows); "
             f"{self.skipped:,} were there already"
         )
 
