@@ -39,7 +39,7 @@ from gapprobe.store.format import (
     shard_name,
 )
 from gapprobe.store.packing import plan_shard
-from gapprobe.store.shard import BYTES, TOKEN_TENSORS, Shard, layer_names, open_shard
+from gapprobe.store.shard import BYTES, CODES, TOKEN_TENSORS, Shard, layer_names, open_shard
 from gapprobe.store.table import ID, decode_table
 
 # Enough reads in flight to keep a disk busy.
@@ -47,7 +47,6 @@ _READERS = 4
 _SMALL = 16 << 20
 # Seconds after which a bar shows.
 BAR_DELAY = 1
-_CODES = {"I64": torch.int64, "U8": torch.uint8} | dict(DTYPES.values())
 # Of each residual dtype: an integer as wide, and the bits that are all set in NaN and infinities, and only there.
 _EXPONENT: Mapping[str, tuple[str, int]] = {
     "F32": ("<u4", 0x7F800000),
@@ -69,11 +68,11 @@ class Held:
         code, shape, begin = self.layout.tensors[name]
         size = prod(shape) * BYTES[code]
         if not size:
-            return torch.empty(shape, dtype=_CODES[code])
+            return torch.empty(shape, dtype=CODES[code])
         data = np.frombuffer(self.content[begin : begin + size], np.uint8)
         # Another program may have put a tensor where its numbers are not aligned.
         data = data if data.ctypes.data % BYTES[code] == 0 else data.copy()
-        return torch.from_numpy(data).view(_CODES[code]).view(shape)
+        return torch.from_numpy(data).view(CODES[code]).view(shape)
 
     def tokens_of(self, rows: NDArray[np.int64]) -> int:
         """Return how many tokens some rows have together."""

@@ -43,7 +43,7 @@ from gapprobe.store.exported import (
 )
 from gapprobe.store.format import DTYPES, StoreHeader, layer_name
 from gapprobe.store.reader import Store
-from gapprobe.store.shard import TOKEN_TENSORS, as_bytes
+from gapprobe.store.shard import BYTES, TOKEN_TENSORS, as_bytes
 from gapprobe.store.sources import spans
 
 Form = Literal["numpy", "transformer_lens", "datasets"]
@@ -53,7 +53,6 @@ Side = Literal["left", "right"]
 _BATCH_BYTES = 32 << 20
 _EXTRA = "export"
 _CODES: Mapping[torch.dtype, str] = {torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
-_SIZES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1, "BOOL": 1}
 _HOW: Mapping[str, str] = {
     "numpy": (
         "`residual.LL.npy` is the residual stream at layer LL, one line a token; row i of `rows.parquet` has lines\n"
@@ -411,7 +410,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, .
     entries: dict[str, object] = {}
     end = 0
     for name, (code, shape, _) in tensors.items():
-        start, end = end, end + prod(shape) * _SIZES[code]
+        start, end = end, end + prod(shape) * BYTES[code]
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)

@@ -40,7 +40,7 @@ TOKEN_TENSORS = ("token_ids", "token_positions", "token_roles", "token_marks")
 PIECE = 8 << 20
 # Reading over a gap this small is cheaper than a read for each side of it: the disk gives whole pages.
 _GAP = 4 << 10
-_CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "U8": torch.uint8}
+CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "U8": torch.uint8}
 # Tensors that a later version or another program added may have types that we never read; their sizes still count.
 BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -110,10 +110,10 @@ class Shard:
         last = shape[0] if last is None else last
         shape = (last - first, *shape[1:])
         if not prod(shape):
-            return torch.empty(shape, dtype=_CODES[code])
+            return torch.empty(shape, dtype=CODES[code])
         stride = prod(shape[1:]) * BYTES[code]
         data, at = _map(self.path, begin + first * stride, begin + last * stride)
-        return torch.frombuffer(data, dtype=_CODES[code], count=prod(shape), offset=at).view(shape)
+        return torch.frombuffer(data, dtype=CODES[code], count=prod(shape), offset=at).view(shape)
 
     def flat(self, name: str, first: int, last: int) -> Shaped[Tensor, "n d"]:
         """Map lines of a tensor as `tensor` does; its last axis is a line, whatever axes stand before it."""
@@ -124,7 +124,7 @@ class Shard:
         """Read lines of a tensor into memory; unlike a map, the result holds no descriptor and may lie anywhere."""
         code, shape, begin = self.tensors[name]
         last = shape[0] if last is None else last
-        result = torch.empty(last - first, *shape[1:], dtype=_CODES[code])
+        result = torch.empty(last - first, *shape[1:], dtype=CODES[code])
         if result.numel():
             with _opened(self.path) as descriptor:
                 stride = prod(shape[1:]) * BYTES[code]
@@ -177,7 +177,7 @@ class Shard:
     def span(self, names: Sequence[str], first: int, last: int) -> Shaped[Tensor, "k n d"]:
         """Read lines one after another of several tensors."""
         code, shape, _ = self.tensors[names[0]]
-        out = torch.empty(len(names), last - first, shape[-1], dtype=_CODES[code])
+        out = torch.empty(len(names), last - first, shape[-1], dtype=CODES[code])
         self.take(names, np.arange(first, last), out, np.arange(last - first))
         return out
 
