@@ -152,12 +152,16 @@ class StoreHeader:
             raise StoreError(f"{where} is damaged or was edited: its fingerprint does not fit its fields")
         return header
 
-    def refuse_difference(self, other: StoreHeader, where: str) -> None:
-        """Raise StoreError naming the fields in which `other`, a run about to append, is not this store's header."""
+    def differences(self, other: StoreHeader, here: str, there: str) -> str:
+        """Tell in which fields of `compared` two headers differ, and what this one has here and the other there."""
         mine, theirs = self.compared, other.compared
         names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-        if names:
-            told = "; ".join(f"{n} is {mine.get(n)!r} in the store and {theirs.get(n)!r} in this run" for n in names)
+        return "; ".join(f"{n} is {mine.get(n)!r:.400} {here} and {theirs.get(n)!r:.400} {there}" for n in names)
+
+    def refuse_difference(self, other: StoreHeader, where: str) -> None:
+        """Raise StoreError naming the fields in which `other`, a run about to append, is not this store's header."""
+        told = self.differences(other, "in the store", "in this run")
+        if told:
             raise StoreError(f"{where} belongs to another run: {told}. Choose another folder, or run with the same.")
 
 

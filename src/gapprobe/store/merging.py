@@ -89,7 +89,9 @@ def merge_stores(sources: Sequence[str | Path], target: str | Path, progress: bo
         raise StoreError(f"{target} is to be merged into itself; give another target")
     first = read_header(target) if (target / STORE_FILE).exists() else headers[0]
     for path, header in zip(paths, headers, strict=True):
-        _refuse_difference(path, header, target, first)
+        told = header.differences(first, "in the one", "in the other")
+        if told:
+            raise StoreError(f"{path} cannot be merged into {target}: {told}. One store holds rows of one kind only.")
     parts: list[_Part] = []
     bad: list[str] = []
     for path, header in zip(paths, headers, strict=True):
@@ -119,14 +121,6 @@ def merge_stores(sources: Sequence[str | Path], target: str | Path, progress: bo
 
 def _device(path: Path) -> int:
     return path.stat().st_dev
-
-
-def _refuse_difference(path: Path, header: StoreHeader, target: Path, wanted: StoreHeader) -> None:
-    mine, theirs = header.compared, wanted.compared
-    names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-    if names:
-        told = "; ".join(f"{name} is {mine.get(name)!r}, not {theirs.get(name)!r}" for name in names)
-        raise StoreError(f"{path} cannot be merged into {target}: {told}. One store holds rows of one kind only.")
 
 
 class _Run:

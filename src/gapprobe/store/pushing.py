@@ -33,15 +33,15 @@ from gapprobe.store.pulling import pull_from
 from gapprobe.store.shard import open_shard
 from gapprobe.store.table import ID, decode_table, read_table
 from gapprobe.store.transfers import (
+    VERIFY,
     Bar,
     Transfer,
     in_order,
-    read_lines,
+    manifest_there,
     refuse_bad,
     refuse_other_run,
     table_there,
     told,
-    warn_of_damage,
 )
 
 # How often a push records what has arrived. What a killed one had not recorded is found there and not sent again.
@@ -88,7 +88,7 @@ def push(
     if there.local:
         # A folder of this machine has writers with locks, who know best how to add to it.
         return pull_from(Place(str(path.absolute()), {}, StoreError), Path(there.root), transfers, progress, mend)
-    warn_of_damage(str(path), manifest.damaged)
+    manifest.warn_of_damage(str(path), VERIFY, stacklevel=2)
     versions = _create(there, header, path).versions
     plan = _plan(path, header, manifest.records, there, recheck)
     new: list[ShardRecord] = []
@@ -159,7 +159,7 @@ def _plan(path: Path, header: StoreHeader, records: Sequence[ShardRecord], there
     Raises:
         StoreError: some shard has such rows and others; sending it would store rows twice.
     """
-    known = read_lines(there).records
+    known = manifest_there(there)[0].records
     sizes = {f"{folder}/{name}": size for folder in (SHARDS, ROWS) for name, size in there.names(folder).items()}
 
     def job(record: ShardRecord, number: int, recorded: bool) -> _Job:
@@ -277,8 +277,8 @@ def _pieces(file: Path, size: int) -> Generator[bytes, None, None]:
 
 def _record(there: Place, new: Sequence[ShardRecord]) -> None:
     """Write the manifest anew: the sound lines that it has, then those of shards that have arrived."""
-    lines = read_lines(there)
-    known = {record.shard: record.shard_xxh128 for record in lines.records}
+    manifest, lines = manifest_there(there)
+    known = {record.shard: record.shard_xxh128 for record in manifest.records}
     for record in new:
         if known.get(record.shard, record.shard_xxh128) != record.shard_xxh128:
             raise StoreError(
@@ -287,7 +287,7 @@ def _record(there: Place, new: Sequence[ShardRecord]) -> None:
             )
     added = [record.to_line() for record in new if record.shard not in known]
     if added:
-        there.write(MANIFEST_FILE, b"".join([*lines.text.values(), *added]))
+        there.write(MANIFEST_FILE, b"".join([*lines.values(), *added]))
 
 
 def _as_made(record: ShardRecord, here: Mapping[str, str], there: Mapping[str, str]) -> ShardRecord:

@@ -5,7 +5,6 @@ A `Store` shows the shards that were sealed when it was opened or last refreshed
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +35,8 @@ from gapprobe.store.format import (
 from gapprobe.store.gather import Part, position_jobs, run_jobs, token_jobs, token_offsets
 from gapprobe.store.manifest import Manifest, read_header, read_manifest
 from gapprobe.store.moments import Moments, combine, moments
-from gapprobe.store.shard import TOKEN_TENSORS, Shard, layer_names, open_shard
-from gapprobe.store.table import ID, merge_schemas, read_table
+from gapprobe.store.shard import TOKEN_TENSORS, Shard, open_shard
+from gapprobe.store.table import ID, merge_schemas, read_table, shard_row
 from gapprobe.store.verify import Problem, verify_store
 
 
@@ -233,18 +232,8 @@ class Store:
             StoreError: there is no such row, or a file is damaged.
         """
         (part,) = self._parts([id])
-        number = int(part.rows[0])
-        first, last = part.shard.offsets[number : number + 2].tolist()
         columns = cast(dict[str, Value], self.table.slice(self._number_of[id], 1).to_pylist()[0])
-        return StoredRow(
-            id=cast(str, columns.pop(ID)),
-            columns=columns,
-            residual=part.shard.span(layer_names(self.header), first, last),
-            token_ids=part.shard.read("token_ids", first, last),
-            token_positions=part.shard.read("token_positions", first, last),
-            token_roles=part.shard.read("token_roles", first, last),
-            token_marks=part.shard.read("token_marks", first, last),
-        )
+        return shard_row(part.shard, self.header, int(part.rows[0]), columns)
 
     def moments(self, layer: int, position: str | None = None) -> Moments:
         """Return count, mean and variance of the residuals after a layer.
@@ -385,12 +374,8 @@ def open_store(path: str | Path) -> Store:
 
 def _read(path: Path) -> tuple[StoreHeader, Manifest]:
     header, manifest = read_header(path), read_manifest(path)
-    if manifest.damaged:
-        warnings.warn(
-            f"{path}: line {manifest.damaged[0]} of its manifest is damaged and the rows it sealed are left out. "
-            "Run `gapprobe store verify`; opening the store for writing seals them again.",
-            stacklevel=3,
-        )
+    mend = "Run `gapprobe store verify`; opening the store for writing seals them again."
+    manifest.warn_of_damage(str(path), mend, stacklevel=3)
     return header, manifest
 
 
