@@ -104,10 +104,9 @@ def write_slice_in_child(path: Path, first: int, last: int) -> None:
 CALLS = ("pwrite", "write", "fsync", "link", "unlink", "rename", "posix_fallocate", "ftruncate", "truncate", "mkdir")
 
 
-def die_at_call(path: Path, number: int, links: bool) -> None:
-    """Entry of a child process: write, and be killed at the given call that changes the disk, in mid-write."""
-    torch.set_num_threads(1)
-    real = {name: getattr(os, name) for name in CALLS}
+def die_at_call(number: int, links: bool, calls: Sequence[str] = CALLS) -> None:
+    """Be killed at the given call that changes the disk, in mid-write; `links` says whether the disk has hard links."""
+    real = {name: getattr(os, name) for name in calls}
     done = 0
 
     def counting(name):
@@ -117,15 +116,21 @@ def die_at_call(path: Path, number: int, links: bool) -> None:
                 raise PermissionError(1, "Operation not permitted")
             done += 1
             if done == number:
-                if name == "write":
-                    real[name](args[0], args[1][: len(args[1]) // 2])
+                if name in ("write", "pwrite"):
+                    real[name](args[0], args[1][: len(args[1]) // 2], *args[2:])
                 os.kill(os.getpid(), signal.SIGKILL)
             return real[name](*args, **kwargs)
 
         return call
 
-    for name in CALLS:
+    for name in calls:
         setattr(os, name, counting(name))
+
+
+def write_and_die(path: Path, number: int, links: bool) -> None:
+    """Entry of a child process: write, and be killed at the given call that changes the disk."""
+    torch.set_num_threads(1)
+    die_at_call(number, links)
     write(path, some_rows(4), batch=2)
 
 
