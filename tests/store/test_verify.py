@@ -259,7 +259,7 @@ def test_a_bar_shows_on_stderr_only_when_it_takes_long(tmp_path, monkeypatch, ca
     write(tmp_path, some_rows(6))
     verify_store(tmp_path)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("gapprobe.store.examining.BAR_DELAY", 0)
+    monkeypatch.setattr("gapprobe.store.progress.DELAY", 0)
     verify_store(tmp_path)
     assert "verify" in capsys.readouterr().err
     verify_store(tmp_path, progress=False)

@@ -163,9 +163,7 @@ def to_activation_cache(
     blocks = int(cfg.n_layers) if cfg is not None else max(chosen.layers, default=0)
     tensors: dict[str, Tensor] = {}
     for layer in chosen.layers:
-        padded = torch.zeros(*mask.shape, store.header.width, dtype=store.header.torch_dtype)
-        padded[mask] = chosen.residual(layer, 0, len(chosen.ids))
-        tensors[hook_name(layer)] = padded
+        padded = tensors[hook_name(layer)] = chosen.padded(layer, mask, 0, len(chosen.ids))
         if layer < blocks:
             tensors[f"blocks.{layer}.hook_resid_pre"] = padded
     return lens.ActivationCache(tensors, model), mask
@@ -275,6 +273,13 @@ class _Selection:
         """Return the exported tokens of some rows at a layer."""
         return self.store.layer(layer, position=self.position, rows=self.ids[first:last])
 
+    def padded(self, layer: int, mask: Bool[Tensor, "n t"], first: int, last: int) -> Shaped[Tensor, "x t d"]:
+        """Return the exported tokens of some rows at a layer, with zeros where the mask of all rows is false."""
+        here = mask[first:last]
+        result = torch.zeros(*here.shape, self.store.header.width, dtype=self.store.header.torch_dtype)
+        result[here] = self.residual(layer, first, last)
+        return result
+
     def mask(self, side: Side) -> Bool[Tensor, "n t"]:
         """Return which tokens of the padded rows are real."""
         lengths = torch.from_numpy(np.diff(self.offsets))[:, None]
@@ -317,16 +322,13 @@ def _write_numpy(chosen: _Selection, folder: Path) -> None:
 def _write_cache(chosen: _Selection, folder: Path, side: Side) -> None:
     mask = chosen.mask(side)
     n, longest = mask.shape
-    code, dtype = DTYPES[chosen.header.dtype]
+    code, _ = DTYPES[chosen.header.dtype]
 
-    def padded(layer: int) -> Iterator[Tensor]:
-        for first, last in chosen.spans(1, longest):
-            piece = torch.zeros(last - first, longest, chosen.header.width, dtype=dtype)
-            piece[mask[first:last]] = chosen.residual(layer, first, last)
-            yield piece
+    def pieces(layer: int) -> Iterator[Tensor]:
+        return (chosen.padded(layer, mask, first, last) for first, last in chosen.spans(1, longest))
 
     shape = (n, longest, chosen.header.width)
-    residuals = {hook_name(layer): (code, shape, padded(layer)) for layer in chosen.layers}
+    residuals = {hook_name(layer): (code, shape, pieces(layer)) for layer in chosen.layers}
     _write_safetensors(folder / CACHE_FILE, residuals)
     tokens = {"mask": mask}
     for name, values in chosen.tokens.items():

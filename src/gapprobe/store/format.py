@@ -205,6 +205,10 @@ class ShardRecord:
     rows_sha256: str
     versions: Mapping[str, str] | None = None
 
+    def made_with(self, header: StoreHeader) -> Mapping[str, str]:
+        """Return the versions of the packages that made the shard."""
+        return header.versions if self.versions is None else self.versions
+
     def to_line(self, extra: Mapping[str, object] = MappingProxyType({})) -> bytes:
         """Return the manifest line, ending in a newline, with fields of other versions of the format added."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -18,10 +18,10 @@ from gapprobe.store.arena import token_bytes
 from gapprobe.store.format import MAX_JSON_BYTES, SHARDS, STORE_FILE, ShardRecord, StoreHeader, rows_name, shard_name
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.places import Damaged, Place
+from gapprobe.store.progress import Bar
 from gapprobe.store.table import ID, decode_table
 from gapprobe.store.transfers import (
     VERIFY,
-    Bar,
     Transfer,
     in_order,
     manifest_there,

@@ -64,7 +64,6 @@ class Shard:
     tokens: int
     begin: int
     """Where the data begin in the file."""
-    metadata: Mapping[str, str]
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
     """dtype, shape, and first byte in the file, by name."""
 
@@ -185,8 +184,11 @@ class Shard:
         """Return the bytes of the table of rows."""
         return bytes(as_bytes(self.read(ROWS_TENSOR)))
 
-    def damaged_blocks(self) -> list[tuple[int, int]]:
-        """Return the spans of bytes of the file whose content is not what its checksum was taken of. Reads all."""
+    def damaged_blocks(self, first: int = 0, last: int | None = None) -> list[tuple[int, int]]:
+        """Return the spans of bytes of the file whose content is not what its checksum was taken of.
+
+        Reads all of it, or what the blocks hold that bytes `first` to `last` lie in.
+        """
         begin, end = self.begin, self.tensors[CHECKSUMS_TENSOR][2]
         wanted = bytes(as_bytes(self.read(CHECKSUMS_TENSOR)))
         bad: list[tuple[int, int]] = []
@@ -194,6 +196,8 @@ class Shard:
         with _opened(self.path) as descriptor:
             for number, at in enumerate(range(begin, end, BLOCK)):
                 data = piece[: min(BLOCK, end - at)]
+                if at + len(data) <= first or (last is not None and at >= last):
+                    continue
                 _read(descriptor, self.path, data, at)
                 if xxhash.xxh3_64_digest(data) != wanted[8 * number : 8 * number + 8]:
                     bad.append((at, at + len(data)))
@@ -303,7 +307,7 @@ def open_shard(path: Path, header: StoreHeader, record: ShardRecord | None = Non
             raise StoreError(f"{path} is damaged: {name} is {tensors.get(name, ('missing',))[:2]}, not {entry}")
     if not isinstance(metadata, dict) or cast(dict[str, object], metadata).get("fingerprint") != header.fingerprint:
         raise StoreError(f"{path} belongs to another store: its fingerprint differs from that of store.json")
-    return Shard(path, wanted.rows, wanted.tokens, 8 + length, cast(dict[str, str], metadata), tensors)
+    return Shard(path, wanted.rows, wanted.tokens, 8 + length, tensors)
 
 
 def _checksummed(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], begin: int) -> int:

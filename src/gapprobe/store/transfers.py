@@ -1,18 +1,15 @@
-"""What pushing and pulling share: the manifest of a store elsewhere, several transfers at once, refusals, a bar."""
+"""What pushing and pulling share: the manifest of a store elsewhere, several transfers at once, refusals."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
-
-from tqdm import tqdm
 
 from gapprobe.errors import ConfigError, StoreError
 from gapprobe.files import told_bytes
@@ -126,22 +123,3 @@ def in_order(
                 if not future.cancelled() and future.exception() is None:
                     drop(future.result())
             raise
-
-
-class Bar:
-    """A progress bar in bytes that threads may advance."""
-
-    def __init__(self, name: str, total: int, shown: bool) -> None:
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc=name, disable=not shown)
-        self._guard = threading.Lock()
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, count: int) -> None:
-        """Advance by so many bytes."""
-        with self._guard:
-            self._bar.update(count)
