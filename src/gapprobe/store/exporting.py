@@ -228,10 +228,8 @@ class _Selection:
         numbers = tuple(store.header.layers) if isinstance(layers, str) else tuple(sorted(set(layers)))
         if not numbers:
             raise StoreError("no layers were chosen")
-        missing = [layer for layer in numbers if layer not in store.header.layers]
-        if missing:
-            known = ", ".join(map(str, store.header.layers))
-            raise StoreError(f"{store.path} has no layer {missing[0]}; it has {known}")
+        for layer in numbers:
+            store.header.layer_index(layer, store.path)
         batch = store.batch(ids, layers=())
         tokens = {name: cast(Tensor, getattr(batch, name)) for name in TOKEN_TENSORS}
         offsets = batch.offsets.numpy()
@@ -291,9 +289,7 @@ def _at_position(
     store: Store, ids: Sequence[str], position: str, offsets: NDArray[np.int64], marks: Tensor
 ) -> Int64[Tensor, " n"]:
     """Return the number of each row's one token at a position."""
-    if position not in store.header.positions:
-        raise StoreError(f"{store.path} has no position {position!r}; it has {', '.join(store.header.positions)}")
-    marked = (marks >> store.header.positions.index(position) & 1).numpy()
+    marked = (marks >> store.header.position_index(position, store.path) & 1).numpy()
     before = np.concatenate([np.zeros(1, np.int64), marked.cumsum(dtype=np.int64)])[offsets]
     wrong = np.flatnonzero(np.diff(before) != 1)
     if len(wrong):

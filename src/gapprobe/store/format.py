@@ -114,6 +114,18 @@ class StoreHeader:
         """Return the SHA-256 of `compared` as canonical JSON, in hex."""
         return hashlib.sha256(json.dumps(self.compared, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
+    def layer_index(self, layer: int, where: object) -> int:
+        """Return which of `layers` a layer is; raise StoreError, naming the store, if it is none of them."""
+        if layer not in self.layers:
+            raise StoreError(f"{where} has no layer {layer}; it has {', '.join(map(str, self.layers))}")
+        return self.layers.index(layer)
+
+    def position_index(self, position: str, where: object) -> int:
+        """Return which of `positions` a position is; raise StoreError, naming the store, if it is none of them."""
+        if position not in self.positions:
+            raise StoreError(f"{where} has no position {position!r}; it has {', '.join(self.positions) or 'none'}")
+        return self.positions.index(position)
+
     def to_json(self) -> bytes:
         """Return the content of store.json."""
         fields = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint} | _plain(self)

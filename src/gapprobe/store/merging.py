@@ -100,8 +100,7 @@ def merge_stores(sources: Sequence[str | Path], target: str | Path, progress: bo
     StoreWriter(target, first).close()
     taken = {record.shard_xxh128 for record in read_manifest(target).records}
     missing = [part for part in parts if part.record.shard_xxh128 not in taken]
-    device = target.stat().st_dev
-    size = sum(part.record.shard_bytes for part in missing if part.source.stat().st_dev != device)
+    size = sum(part.record.shard_bytes for part in missing if _device(part.source) != _device(target))
     require_room(target, size, "merging into it", "Free some space, or choose another folder.")
     with Bar(f"merge into {target.name}", sum(part.record.shard_bytes for part in parts), progress) as bar:
         run = _Run(target, first, taken, bad, bar)
@@ -114,6 +113,10 @@ def merge_stores(sources: Sequence[str | Path], target: str | Path, progress: bo
             "on the damaged source and merge again."
         )
     return Merge(target, run.new, sum(part.record.rows for part in parts) - run.new)
+
+
+def _device(path: Path) -> int:
+    return path.stat().st_dev
 
 
 class _Run:

@@ -178,13 +178,13 @@ class Store:
             StoreError: the layer, position or a row is not in the store; a row has no token at the position, or
                 several; or a file is damaged.
         """
-        index = self._layer_indices([layer])[0]
+        index = self.header.layer_index(layer, self.path)
         parts = self._parts(rows)
         if position is None:
             jobs = token_jobs(parts, [layer_name(layer)])
         else:
             self._refuse_unmarked(parts, position)
-            jobs = position_jobs(parts, index, layer_name(layer), self._position_index(position))
+            jobs = position_jobs(parts, index, layer_name(layer), self.header.position_index(position, self.path))
         if len(jobs) == 1 and jobs[0].consecutive:
             job = jobs[0]
             return job.shard.flat(job.names[0], int(job.lines[0]), int(job.lines[-1]) + 1)
@@ -204,7 +204,8 @@ class Store:
             StoreError: a row or layer is not in the store, or a file is damaged.
         """
         chosen = tuple(self.header.layers if layers is None else layers)
-        self._layer_indices(chosen)
+        for layer in chosen:
+            self.header.layer_index(layer, self.path)
         rows = rows if rows is None else [rows] if isinstance(rows, str) else list(rows)
         parts = self._parts(rows)
         jobs = token_jobs(parts, [layer_name(layer) for layer in chosen])
@@ -246,8 +247,8 @@ class Store:
         Raises:
             StoreError: the layer or position is not in the store, or a file is damaged.
         """
-        index = self._layer_indices([layer])[0]
-        group = None if position is None else self._position_index(position)
+        index = self.header.layer_index(layer, self.path)
+        group = None if position is None else self.header.position_index(position, self.path)
         return combine(
             (self._moments(shard, index, group) for shard in map(self._shard, self.records)), self.header.width
         )
@@ -313,17 +314,6 @@ class Store:
         """Number of each shard's first row."""
         return np.cumsum([0] + [record.rows for record in self.records], dtype=np.int64)
 
-    def _layer_indices(self, layers: Sequence[int]) -> list[int]:
-        for layer in layers:
-            if layer not in self.header.layers:
-                raise StoreError(f"{self.path} has no layer {layer}; it has {_told(self.header.layers)}")
-        return [self.header.layers.index(layer) for layer in layers]
-
-    def _position_index(self, position: str) -> int:
-        if position not in self.header.positions:
-            raise StoreError(f"{self.path} has no position {position!r}; it has {_told(self.header.positions)}")
-        return self.header.positions.index(position)
-
     def _parts(self, rows: Iterable[str] | None) -> list[Part]:
         """Return which rows of which shards are asked for, shard by shard."""
         if rows is None:
@@ -346,7 +336,7 @@ class Store:
 
     def _refuse_unmarked(self, parts: Sequence[Part], position: str) -> None:
         """Raise StoreError unless every row has exactly one token at the position."""
-        index = self._position_index(position)
+        index = self.header.position_index(position, self.path)
         wrong = [(place, id_, count) for part in parts for place, id_, count in self._unmarked(part, index)]
         if wrong:
             _, id_, count = min(wrong)
@@ -390,7 +380,3 @@ def find_stores(folder: str | Path) -> list[Path]:
     if not found:
         raise StoreError(f"{folder} is no gapprobe store and has none below it. Give the folder that capture wrote.")
     return found
-
-
-def _told(values: tuple[object, ...]) -> str:
-    return ", ".join(map(str, values)) or "none"
