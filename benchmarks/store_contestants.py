@@ -71,7 +71,7 @@ class Contestant(ABC):
     def some(self, rows: Sequence[int]) -> Float16[Tensor, "l t d"]:
         """Read all layers and tokens of some rows, one after another in the order given."""
 
-    def close(self) -> None:  # noqa: B027  # most hold nothing that needs closing
+    def close(self) -> None:  # noqa: B027 (most hold nothing that needs closing)
         """Close what is open."""
 
 
@@ -113,7 +113,7 @@ class Plain(Contestant):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def layer(self, layer: int) -> UInt8[Tensor, " b"]:  # noqa: ARG002  # the next bytes, whatever they are
+    def layer(self, layer: int) -> UInt8[Tensor, " b"]:  # noqa: ARG002 (the next bytes, whatever they are)
         """Read as many bytes as a layer has."""
         return self._next(int(self._offsets[-1]))
 
@@ -221,7 +221,7 @@ class Safetensors(Contestant):
         self._files = [safetensors.safe_open(path, "pt") for path in files_of(folder)]
         self._offsets = [file.get_tensor("offsets").numpy() for file in self._files]
         self._first = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
-        self._layers = sum(name != "offsets" for name in self._files[0].keys())  # noqa: SIM118  # it is no mapping
+        self._layers = sum(name != "offsets" for name in self._files[0].keys())  # noqa: SIM118 (no mapping)
 
     def __len__(self) -> int:
         return int(self._first[-1])

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gapprobe.selective import risk_coverage as risk_coverage
     from gapprobe.similarity import cosine as cosine
     from gapprobe.store.batches import TokenBatches as TokenBatches
+    from gapprobe.store.clearing import collect_garbage as collect_garbage
     from gapprobe.store.compacting import compact_store as compact_store
     from gapprobe.store.exporting import export_store as export_store
     from gapprobe.store.exporting import to_activation_cache as to_activation_cache
@@ -73,6 +74,7 @@ _HOMES = {
     "repair_store": "gapprobe.store.repairing",
     "merge_stores": "gapprobe.store.merging",
     "compact_store": "gapprobe.store.compacting",
+    "collect_garbage": "gapprobe.store.clearing",
     "TokenBatches": "gapprobe.store.batches",
     "load_config": "gapprobe.study.config",
     "Study": "gapprobe.study.run",

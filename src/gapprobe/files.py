@@ -1,10 +1,11 @@
-"""Writing files so that a kill or a full disk leaves the old one or the new one, and failures of the disk in words."""
+"""Writing files so that a kill or a full disk leaves the old one or the new one, and what disks fail at, in words."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -33,6 +34,27 @@ def as_output_error(what: str, safe: Callable[[], str]) -> Generator[None, None,
             f"{what}: {reason}. {safe()} Mend that (free some space, or choose another folder) "
             "and run the same again: it goes on where this stopped."
         ) from error
+
+
+def require_room(folder: Path, size: int, what: str, mend: str | Callable[[int], str]) -> None:
+    """Raise OutputError when the disk of `folder` has not `size` bytes left.
+
+    Args:
+        folder: need not be there yet.
+        size: in bytes.
+        what: takes them.
+        mend: what to do about it, or a function that says it, given the bytes that are free.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        mend = mend if isinstance(mend, str) else mend(free)
+        raise OutputError(f"{folder}: {what} takes about {told_bytes(size)}, and {told_bytes(free)} are free. {mend}")
+
+
+def told_bytes(size: int) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def write_bytes(path: Path, data: bytes) -> None:

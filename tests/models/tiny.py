@@ -6,6 +6,9 @@ changes every number.
 
 import io
 from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -16,6 +19,8 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
@@ -47,6 +52,16 @@ CHAT = (
     "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 KINDS = ("llava-llama", "llava-mistral", "llava_next-llama", "llava_next-mistral", "instructblip-llama")
+
+
+def gpt2(folder: Path, layers: int = 3, width: int = 16) -> tuple[GPT2LMHeadModel, Any]:
+    """Return a random GPT-2 of transformers, and TransformerLens' bridge to it. `folder` is for the tokenizer."""
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=2, vocab_size=400, n_positions=32)
+    model = GPT2LMHeadModel(config).eval()
+    tokenizer().save_pretrained(folder)
+    words = tokenizer().from_pretrained(folder)
+    bridge = import_module("transformer_lens.model_bridge").TransformerBridge
+    return model, bridge.boot_transformers("gpt2", hf_model=model, tokenizer=words, device="cpu")
 
 
 def tokenizer(**settings: object) -> PreTrainedTokenizerFast:

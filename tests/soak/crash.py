@@ -356,10 +356,10 @@ def main() -> int:
         tallies = []
         for scenario in chosen:
             tallies.append(soak.run(scenario, round(args.kills * scenario.share / total)))
-            print(show(tallies[-1:]).splitlines()[-1], flush=True)  # noqa: T201
+            print(show(tallies[-1:]).splitlines()[-1], flush=True)
     wrong = [f"{t.scenario}: {what}" for t in tallies for what in (*t.bad, *t.problems)]
-    print("\n" + show(tallies), *wrong[:20], sep="\n")  # noqa: T201
-    print(f"{sum(t.kills for t in tallies)} kills, {sum(len(t.bad) for t in tallies)} bad reads")  # noqa: T201
+    print("\n" + show(tallies), *wrong[:20], sep="\n")
+    print(f"{sum(t.kills for t in tallies)} kills, {sum(len(t.bad) for t in tallies)} bad reads")
     args.json.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "machine": machine(), "versions": versions(), "seed": args.seed,

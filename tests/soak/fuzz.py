@@ -110,8 +110,8 @@ def replay(data: bytes) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         told, findings = Sandbox(Path(folder)).run(data)
-    print(*told, sep=", ")  # noqa: T201
-    print(*findings or ["nothing found"], sep="\n")  # noqa: T201
+    print(*told, sep=", ")
+    print(*findings or ["nothing found"], sep="\n")
     return 1 if findings else 0
 
 
@@ -132,7 +132,7 @@ def main() -> int:
         work(args.work, engine, args.seconds, args.seed)
         return 0
     if engine == "random":
-        print("atheris is not installed (pip install 'gapprobe[soak]'): mutations are random")  # noqa: T201
+        print("atheris is not installed (pip install 'gapprobe[soak]'): mutations are random")
     # On a disk in memory a trial takes half the time.
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
@@ -142,11 +142,11 @@ def main() -> int:
         log = (folder / "log").read_text(errors="replace")
     covered = re.findall(r"cov: (\d+) ft: (\d+)", log)
     for finding in found:
-        print(finding["what"], f"  {', '.join(finding['mutations'])}; --replay {finding['input']}", sep="\n")  # noqa: T201
+        print(finding["what"], f"  {', '.join(finding['mutations'])}; --replay {finding['input']}", sep="\n")
     told = f", {covered[-1][0]} places of gapprobe.store covered" if covered else ""
-    print(f"{runs:,} trials in {args.seconds:.0f} s with {engine}{told}: {len(found)} findings")  # noqa: T201
+    print(f"{runs:,} trials in {args.seconds:.0f} s with {engine}{told}: {len(found)} findings")
     if not runs:
-        print(log[-2000:])  # noqa: T201
+        print(log[-2000:])
     result = {
         "machine": machine(), "versions": versions(*(["atheris"] if engine == "atheris" else [])), "engine": engine,
         "seed": args.seed, "seconds": args.seconds, "trials": runs,

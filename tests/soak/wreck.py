@@ -12,8 +12,8 @@ from gapprobe.store.format import MANIFEST_FILE, ROWS, SHARDS, STORE_FILE
 from gapprobe.store.manifest import listed_numbers, read_manifest
 
 
-class Unable(Exception):  # noqa: N818 (not an error: a scenario that this machine cannot run is left out, with a reason)
-    """A scenario needs what this machine does not have."""
+class Unable(Exception):
+    """A scenario needs what this machine does not have, and is left out."""
 
 
 def whereabouts(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Rows to store, made up from their ids, and writers to run (and kill) in processes of their own."""
 
 import hashlib
+import itertools
 import os
 import signal
 from collections.abc import Sequence
@@ -104,28 +105,32 @@ def write_slice_in_child(path: Path, first: int, last: int) -> None:
 CALLS = ("pwrite", "write", "fsync", "link", "unlink", "rename", "posix_fallocate", "ftruncate", "truncate", "mkdir")
 
 
-def die_at_call(path: Path, number: int, links: bool) -> None:
-    """Entry of a child process: write, and be killed at the given call that changes the disk, in mid-write."""
-    torch.set_num_threads(1)
-    real = {name: getattr(os, name) for name in CALLS}
-    done = 0
+def die_at_call(number: int, links: bool, calls: Sequence[str] = CALLS) -> None:
+    """Be killed at the given call that changes the disk, in mid-write; `links` says whether the disk has hard links."""
+    real = {name: getattr(os, name) for name in calls}
+    # Another thread may call between counting and comparing.
+    turns = itertools.count(1)
 
     def counting(name):
         def call(*args, **kwargs):
-            nonlocal done
             if name == "link" and not links:
                 raise PermissionError(1, "Operation not permitted")
-            done += 1
-            if done == number:
-                if name == "write":
-                    real[name](args[0], args[1][: len(args[1]) // 2])
+            if next(turns) == number:
+                if name in ("write", "pwrite"):
+                    real[name](args[0], args[1][: len(args[1]) // 2], *args[2:])
                 os.kill(os.getpid(), signal.SIGKILL)
             return real[name](*args, **kwargs)
 
         return call
 
-    for name in CALLS:
+    for name in calls:
         setattr(os, name, counting(name))
+
+
+def write_and_die(path: Path, number: int, links: bool) -> None:
+    """Entry of a child process: write, and be killed at the given call that changes the disk."""
+    torch.set_num_threads(1)
+    die_at_call(number, links)
     write(path, some_rows(4), batch=2)
 
 

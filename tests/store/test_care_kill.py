@@ -18,7 +18,7 @@ from gapprobe.store.reader import open_store
 from gapprobe.store.repairing import repair_store
 from gapprobe.store.verify import verify_store
 from tests.store.damage import flip
-from tests.store.rows import CALLS, equal, holds, some_rows, write
+from tests.store.rows import CALLS, die_at_call, equal, holds, some_rows, write
 
 
 def act(action, path):
@@ -36,26 +36,8 @@ def act(action, path):
 
 
 def die_in(action, path, number, links):
-    """Entry of a child process: run an action, and be killed at the given call that changes the disk, in mid-write."""
-    real = {name: getattr(os, name) for name in (*CALLS, "replace", "rmdir")}
-    done = 0
-
-    def counting(name):
-        def call(*args, **kwargs):
-            nonlocal done
-            if name == "link" and not links:
-                raise PermissionError(1, "Operation not permitted")
-            done += 1
-            if done == number:
-                if name in ("write", "pwrite"):
-                    real[name](args[0], args[1][: len(args[1]) // 2], *args[2:])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real[name](*args, **kwargs)
-
-        return call
-
-    for name in real:
-        setattr(os, name, counting(name))
+    """Entry of a child process: run an action, and be killed at the given call that changes the disk."""
+    die_at_call(number, links, (*CALLS, "replace", "rmdir"))
     act(action, path)
 
 

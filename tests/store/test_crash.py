@@ -14,7 +14,7 @@ from gapprobe.store.reader import open_store
 from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
 from tests.soak.crash import SCENARIOS, Soak
-from tests.store.rows import HEADER, die_at_call, equal, holds, some_rows, write, write_in_child, write_slice_in_child
+from tests.store.rows import HEADER, equal, holds, some_rows, write, write_and_die, write_in_child, write_slice_in_child
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_killed_at_calls_that_change_the_disk(tmp_path, processes, links, step):
     while True:
         number += step
         path = tmp_path / str(number)
-        child = processes.Process(target=die_at_call, args=(path, number, links))
+        child = processes.Process(target=write_and_die, args=(path, number, links))
         child.start()
         child.join()
         if child.exitcode == 0:

@@ -17,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from gapprobe.errors import ConfigError, DataError, OutputError, StoreError
 from gapprobe.store import exporting
@@ -26,7 +25,7 @@ from gapprobe.store.exporting import export_store, to_activation_cache, to_datas
 from gapprobe.store.format import StoredRow
 from gapprobe.store.importing import import_activations
 from gapprobe.store.reader import open_store
-from tests.models.tiny import tokenizer
+from tests.models.tiny import gpt2
 from tests.store.rows import HEADER, equal, make_row, reheaded, some_rows, write
 
 FORMS = ("numpy", "transformer_lens", "datasets")
@@ -164,13 +163,8 @@ def test_a_cache_on_disk_is_padded_on_the_side_asked_for(store, tmp_path, side):
 
 def test_transformer_lens_works_on_a_cache_of_ours(tmp_path):
     lens = import_module("transformer_lens")
-    bridge = import_module("transformer_lens.model_bridge").TransformerBridge
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=400, n_positions=32)
-    hf = GPT2LMHeadModel(config).eval()
-    tokenizer().save_pretrained(tmp_path / "tokenizer")
-    words = tokenizer().from_pretrained(tmp_path / "tokenizer")
-    model = bridge.boot_transformers("gpt2", hf_model=hf, tokenizer=words, device="cpu")
+    _, model = gpt2(tmp_path / "tokenizer")
     tokens = torch.randint(5, 400, (4, 6))
     _, theirs = model.run_with_cache(tokens)
     store = import_activations(tmp_path / "s", theirs, token_ids=tokens)
@@ -190,8 +184,7 @@ def test_transformer_lens_works_on_a_cache_of_ours(tmp_path):
     alone, mask = to_activation_cache(store, layers=[0, 2], rows=store.ids[:2])
     assert set(alone.keys()) == {"blocks.0.hook_resid_pre", "blocks.1.hook_resid_post"}
     assert torch.equal(alone["resid_post", 1], theirs["resid_post", 1][:2])
-    other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=400, n_positions=32)).eval()
-    other = bridge.boot_transformers("gpt2", hf_model=other, tokenizer=words, device="cpu")
+    _, other = gpt2(tmp_path / "tokenizer", layers=1, width=8)
     with pytest.raises(DataError, match="width 16, the model 8"):
         to_activation_cache(store, model=other)
 

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import gapprobe as gp
 from gapprobe.demo import FOLDER
@@ -25,7 +23,7 @@ from gapprobe.store import importing
 from gapprobe.store.importing import import_activations
 from gapprobe.store.reader import open_store
 from gapprobe.store.sources import open_source, spans
-from tests.models.tiny import tokenizer
+from tests.models.tiny import gpt2
 
 L, D = 3, 5
 LENGTHS = (3, 1, 4, 2)
@@ -229,13 +227,8 @@ class Cache:
 
 
 def test_layers_of_a_transformer_lens_cache_are_the_residual_stream(tmp_path):
-    bridge = import_module("transformer_lens.model_bridge").TransformerBridge
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=400, n_positions=32)
-    hf = GPT2LMHeadModel(config).eval()
-    tokenizer().save_pretrained(tmp_path / "tokenizer")
-    words = tokenizer().from_pretrained(tmp_path / "tokenizer")
-    model = bridge.boot_transformers("gpt2", hf_model=hf, tokenizer=words, device="cpu")
+    hf, model = gpt2(tmp_path / "tokenizer")
     tokens = torch.randint(5, 400, (4, 6))
     _, cache = model.run_with_cache(tokens)
     store = import_activations(tmp_path / "s", cache, token_ids=tokens, model="a random gpt2")

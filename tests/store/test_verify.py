@@ -127,7 +127,10 @@ def test_rows_that_are_not_finite_are_named(tmp_path, value, dtype):
 def test_rows_that_are_not_finite_are_found_where_tensors_are_not_aligned(tmp_path, monkeypatch):
     """The format only recommends that wider types stand first; how long the table is decides what stands where."""
     order = sorted
-    narrow_first = lambda names, key: order(names, key=lambda name: -key(name))  # noqa: E731
+
+    def narrow_first(names, key):
+        return order(names, key=lambda name: -key(name))
+
     monkeypatch.setattr(packing, "sorted", narrow_first, raising=False)
     odd = 0
     for length in range(12):
@@ -256,7 +259,7 @@ def test_a_bar_shows_on_stderr_only_when_it_takes_long(tmp_path, monkeypatch, ca
     write(tmp_path, some_rows(6))
     verify_store(tmp_path)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("gapprobe.store.examining.BAR_DELAY", 0)
+    monkeypatch.setattr("gapprobe.store.progress.DELAY", 0)
     verify_store(tmp_path)
     assert "verify" in capsys.readouterr().err
     verify_store(tmp_path, progress=False)

@@ -269,7 +269,7 @@ def test_a_failing_disk_is_an_output_error_and_the_rows_in_hand_can_be_flushed_a
                 writer.flush()
                 break
             except OutputError as error:
-                assert "sealed before" in str(error)  # noqa: PT017 - the last turn does not fail
+                assert "sealed before" in str(error)  # noqa: PT017 (the last turn does not fail)
         assert [p for p in verify_store(tmp_path) if "not sealed" not in p.what] == []
         assert not list(tmp_path.rglob(".tmp-*"))
     else:

@@ -91,18 +91,14 @@ class TokenBatches(IterableDataset[TokenBatch]):
         self.path, self._header, self._records = store.path, store.header, store.records
         self.layers = tuple(self._header.layers if layers is None else layers)
         for layer in self.layers:
-            if layer not in self._header.layers:
-                raise StoreError(f"{self.path} has no layer {layer}; it has {', '.join(map(str, self._header.layers))}")
-        if position is not None and position not in self._header.positions:
-            told = ", ".join(self._header.positions) or "none"
-            raise StoreError(f"{self.path} has no position {position!r}; it has {told}")
+            self._header.layer_index(layer, self.path)
         _refuse_below(1, token_budget=token_budget, window_bytes=window_bytes, processes=share[1])
         _refuse_below(0, seed=seed or 0, rank=share[0])
         if share[0] >= share[1]:
             raise StoreError(f"share is {share}: of {share[1]} processes the last one has rank {share[1] - 1}")
         self._budget, self._window_bytes, self._drop_last = token_budget, window_bytes, drop_last
         self._seed, self._share = seed, share
-        self._position = None if position is None else self._header.positions.index(position)
+        self._position = None if position is None else self._header.position_index(position, self.path)
         # Number in the store of each shard's first row.
         self._base = np.cumsum([0] + [record.rows for record in self._records], dtype=np.int64)
         self._rows, self._lengths = self._measure(None if rows is None else _numbers(store, rows))

@@ -1,16 +1,15 @@
-"""What repairing, compacting and clearing up share: being alone with a store, and room on the disk.
+"""What repairing, compacting and clearing up share: being alone with a store, and reading small files.
 
 All of them change a store only in steps after each of which it holds the rows that it held before, or more.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gapprobe.errors import OutputError, StoreError
+from gapprobe.errors import StoreError
 from gapprobe.files import as_output_error
 from gapprobe.store import disk
 from gapprobe.store.format import LOCK_FILE
@@ -42,16 +41,3 @@ def read_small(path: Path, most: int) -> bytes | None:
         return path.read_bytes()
     except OSError:
         return None
-
-
-def require_room(folder: Path, size: int, what: str, mend: str) -> None:
-    """Raise OutputError when the disk of `folder` has not `size` bytes left."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if size > free:
-        raise OutputError(f"{folder}: {what} takes about {told(size)}, and {told(free)} are free. {mend}")
-
-
-def told(size: int) -> str:
-    """Return a number of bytes for people."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gapprobe.files import told_bytes
 from gapprobe.store import disk, sealing
-from gapprobe.store.care import alone, told
+from gapprobe.store.care import alone
 from gapprobe.store.format import ROWS, SHARDS, rows_name, shard_name
 from gapprobe.store.homes import Homes
 from gapprobe.store.manifest import listed_numbers, read_header, read_manifest
@@ -48,8 +49,8 @@ class Garbage:
     def __str__(self) -> str:
         """Return a line for each file, of many the first."""
         would = "would be removed" if self.dry_run else "removed"
-        lines = [f"{self.path}: {len(self.files):,} files of {told(self.bytes)} {would}"]
-        lines += [f"  {name}  {told(size)}" for name, size in list(self.files.items())[:_SHOWN]]
+        lines = [f"{self.path}: {len(self.files):,} files of {told_bytes(self.bytes)} {would}"]
+        lines += [f"  {name}  {told_bytes(size)}" for name, size in list(self.files.items())[:_SHOWN]]
         lines += [f"  and {len(self.files) - _SHOWN:,} more"] if len(self.files) > _SHOWN else []
         return "\n".join(lines + [f"  {name} stays: {why}" for name, why in self.kept.items()])
 

@@ -5,24 +5,24 @@ Old files are left for readers that have the store open; `clearing` takes them a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from gapprobe.errors import StoreError
-from gapprobe.files import as_output_error
+from gapprobe.files import as_output_error, require_room, told_bytes
 from gapprobe.store import disk, sealing
 from gapprobe.store.arena import MAX_ROWS, Arena, token_bytes
-from gapprobe.store.care import alone, require_room, told
+from gapprobe.store.care import alone
 from gapprobe.store.examining import examine
 from gapprobe.store.format import ROWS, SHARDS, ShardRecord, StoreHeader, rows_name, shard_name
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.packing import derive
+from gapprobe.store.progress import Bar
 from gapprobe.store.table import decode_table, encode_table
 
 
@@ -40,8 +40,8 @@ class Compaction:
         if not self.old_bytes:
             return f"{self.path}: already compact, {self.before:,} shards"
         return (
-            f"{self.path}: {self.before:,} shards became {self.after:,}; {told(self.old_bytes)} of old files stay for "
-            f"programs that have the store open, until: gapprobe store gc {self.path}"
+            f"{self.path}: {self.before:,} shards became {self.after:,}; {told_bytes(self.old_bytes)} of old files "
+            f"stay for programs that have the store open, until: gapprobe store gc {self.path}"
         )
 
 
@@ -74,10 +74,7 @@ def compact_store(path: str | Path, shard_bytes: int = 256 << 20, progress: bool
     require_room(path, size, "compacting it", "Free some space; old shards are kept until the new ones are sealed.")
     arena = Arena(header, max((sum(record.tokens for record in group) for group in groups), default=0))
     joined = old = 0
-    with tqdm(
-        total=size, unit="B", unit_scale=True, unit_divisor=1000, desc=f"compact {path.name}", delay=1,
-        disable=not progress,
-    ) as bar:  # fmt: skip
+    with Bar(f"compact {path.name}", size, progress) as bar:
         for group in groups:
             if _join(path, header, group, arena):
                 joined += len(group) - 1
@@ -101,7 +98,7 @@ def _groups(header: StoreHeader, records: Sequence[ShardRecord], capacity: int) 
     for record in records:
         small = 2 * record.tokens < capacity and 2 * record.rows < MAX_ROWS
         full = tokens + record.tokens > capacity or rows + record.rows > MAX_ROWS
-        if group and (not small or full or _versions(header, group[-1]) != _versions(header, record)):
+        if group and (not small or full or group[-1].made_with(header) != record.made_with(header)):
             if len(group) > 1:
                 yield group
             group, tokens, rows = [], 0, 0
@@ -110,10 +107,6 @@ def _groups(header: StoreHeader, records: Sequence[ShardRecord], capacity: int) 
             tokens, rows = tokens + record.tokens, rows + record.rows
     if len(group) > 1:
         yield group
-
-
-def _versions(header: StoreHeader, record: ShardRecord) -> Mapping[str, str]:
-    return header.versions if record.versions is None else record.versions
 
 
 def _join(path: Path, header: StoreHeader, group: Sequence[ShardRecord], arena: Arena) -> bool:

@@ -23,7 +23,6 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from gapprobe.errors import StoreError
 from gapprobe.store.arena import Arena
@@ -39,15 +38,13 @@ from gapprobe.store.format import (
     shard_name,
 )
 from gapprobe.store.packing import plan_shard
-from gapprobe.store.shard import BYTES, TOKEN_TENSORS, Shard, layer_names, open_shard
+from gapprobe.store.progress import Bar
+from gapprobe.store.shard import BYTES, CODES, TOKEN_TENSORS, Shard, layer_names, open_shard
 from gapprobe.store.table import ID, decode_table
 
 # Enough reads in flight to keep a disk busy.
 _READERS = 4
 _SMALL = 16 << 20
-# Seconds after which a bar shows.
-BAR_DELAY = 1
-_CODES = {"I64": torch.int64, "U8": torch.uint8} | dict(DTYPES.values())
 # Of each residual dtype: an integer as wide, and the bits that are all set in NaN and infinities, and only there.
 _EXPONENT: Mapping[str, tuple[str, int]] = {
     "F32": ("<u4", 0x7F800000),
@@ -69,11 +66,11 @@ class Held:
         code, shape, begin = self.layout.tensors[name]
         size = prod(shape) * BYTES[code]
         if not size:
-            return torch.empty(shape, dtype=_CODES[code])
+            return torch.empty(shape, dtype=CODES[code])
         data = np.frombuffer(self.content[begin : begin + size], np.uint8)
         # Another program may have put a tensor where its numbers are not aligned.
         data = data if data.ctypes.data % BYTES[code] == 0 else data.copy()
-        return torch.from_numpy(data).view(_CODES[code]).view(shape)
+        return torch.from_numpy(data).view(CODES[code]).view(shape)
 
     def tokens_of(self, rows: NDArray[np.int64]) -> int:
         """Return how many tokens some rows have together."""
@@ -174,23 +171,10 @@ def published_ids(store: Path, header: StoreHeader, number: int) -> set[str]:
     """
     path = store / shard_name(number)
     shard = open_shard(path, header)
-    code, shape, begin = shard.tensors[ROWS_TENSOR]
-    end = begin + prod(shape) * BYTES[code]
-    wanted = shard.read(CHECKSUMS_TENSOR).numpy()
-    first = (begin - shard.begin) // BLOCK
-    last = min(shard.begin + -(-(end - shard.begin) // BLOCK) * BLOCK, shard.tensors[CHECKSUMS_TENSOR][2])
-    content = memoryview(bytearray(last - shard.begin - first * BLOCK))
-    try:
-        with _opened(path) as descriptor:
-            if not _fill(descriptor, content, shard.begin + first * BLOCK):
-                raise StoreError(f"{path} cannot be read")
-    except (_UnreadableError, _NoFileError) as error:
-        raise StoreError(f"{path}: {error}") from error
-    for number, at in enumerate(range(0, len(content), BLOCK), first):
-        if xxhash.xxh3_64_digest(content[at : at + BLOCK]) != bytes(wanted[number]):
-            raise StoreError(f"{path} is damaged: bytes of its table of rows have changed")
-    start = begin - shard.begin - first * BLOCK
-    table = decode_table(bytes(content[start : start + end - begin]), path, shard.rows, [ID])
+    _, shape, begin = shard.tensors[ROWS_TENSOR]
+    if shard.damaged_blocks(begin, begin + shape[0]):
+        raise StoreError(f"{path} is damaged: bytes of its table of rows have changed")
+    table = decode_table(shard.table(), path, shard.rows, [ID])
     return set(cast(list[str], table.column(ID).to_pylist()))
 
 
@@ -199,10 +183,7 @@ def examine_all(
 ) -> Iterator[Examined]:
     """Examine sealed shards, several at once, in their order, with a bar when it takes more than a moment."""
     total = sum(record.shard_bytes + record.rows_bytes for record in records)
-    bar = tqdm(
-        total=total, unit="B", unit_scale=True, unit_divisor=1000, desc=what, delay=BAR_DELAY, disable=not progress
-    )
-    with bar, ThreadPoolExecutor(_READERS, "gapprobe-examine") as pool:
+    with Bar(what, total, progress) as bar, ThreadPoolExecutor(_READERS, "gapprobe-examine") as pool:
         # Threads cost more than they save where all is read in a moment.
         at_once = pool.map if total > _SMALL else map
         results: Iterable[Examined] = at_once(lambda record: examine(store, header, record), records)
@@ -283,7 +264,7 @@ def _read_sealed(path: Path, header: StoreHeader, record: ShardRecord, keep: boo
                 # Without the checksums, which stand last, nothing could be told of the rest.
                 if plan.size != record.shard_bytes or size < plan.tensors[CHECKSUMS_TENSOR][2]:
                     return None, fault
-                layout = Shard(path, record.rows, record.tokens, len(plan.head), {}, plan.tensors)
+                layout = Shard(path, record.rows, record.tokens, len(plan.head), plan.tensors)
             content = _read_through(descriptor, layout, header, record.shard_bytes, plan.head, keep)
     except _NoFileError as error:
         return None, str(error)

@@ -85,7 +85,7 @@ def _open_cache(folder: Path, header: StoreHeader) -> tuple[int, Batches]:
 def _open_arrays(
     folder: Path, header: StoreHeader, source: Source, tokens: Mapping[str, object]
 ) -> tuple[int, Batches]:
-    table = pq.ParquetFile(folder / ROWS_FILE).read()
+    table = pq.ParquetFile(folder / ROWS_FILE).read(use_threads=False)
     if table.num_rows != len(source.sizes) or (source.kind.layers, source.kind.width) != (header.layers, header.width):
         raise DataError(f"{folder} is damaged: its rows, arrays and {EXPORT_FILE} do not fit together")
     readers = {name: source.per_token(name, tokens[name]) for name in TOKEN_TENSORS}

@@ -43,7 +43,7 @@ from gapprobe.store.exported import (
 )
 from gapprobe.store.format import DTYPES, StoreHeader, layer_name
 from gapprobe.store.reader import Store
-from gapprobe.store.shard import TOKEN_TENSORS, as_bytes
+from gapprobe.store.shard import BYTES, TOKEN_TENSORS, as_bytes
 from gapprobe.store.sources import spans
 
 Form = Literal["numpy", "transformer_lens", "datasets"]
@@ -53,7 +53,6 @@ Side = Literal["left", "right"]
 _BATCH_BYTES = 32 << 20
 _EXTRA = "export"
 _CODES: Mapping[torch.dtype, str] = {torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
-_SIZES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1, "BOOL": 1}
 _HOW: Mapping[str, str] = {
     "numpy": (
         "`residual.LL.npy` is the residual stream at layer LL, one line a token; row i of `rows.parquet` has lines\n"
@@ -164,9 +163,7 @@ def to_activation_cache(
     blocks = int(cfg.n_layers) if cfg is not None else max(chosen.layers, default=0)
     tensors: dict[str, Tensor] = {}
     for layer in chosen.layers:
-        padded = torch.zeros(*mask.shape, store.header.width, dtype=store.header.torch_dtype)
-        padded[mask] = chosen.residual(layer, 0, len(chosen.ids))
-        tensors[hook_name(layer)] = padded
+        padded = tensors[hook_name(layer)] = chosen.padded(layer, mask, 0, len(chosen.ids))
         if layer < blocks:
             tensors[f"blocks.{layer}.hook_resid_pre"] = padded
     return lens.ActivationCache(tensors, model), mask
@@ -231,10 +228,8 @@ class _Selection:
         numbers = tuple(store.header.layers) if isinstance(layers, str) else tuple(sorted(set(layers)))
         if not numbers:
             raise StoreError("no layers were chosen")
-        missing = [layer for layer in numbers if layer not in store.header.layers]
-        if missing:
-            known = ", ".join(map(str, store.header.layers))
-            raise StoreError(f"{store.path} has no layer {missing[0]}; it has {known}")
+        for layer in numbers:
+            store.header.layer_index(layer, store.path)
         batch = store.batch(ids, layers=())
         tokens = {name: cast(Tensor, getattr(batch, name)) for name in TOKEN_TENSORS}
         offsets = batch.offsets.numpy()
@@ -276,6 +271,13 @@ class _Selection:
         """Return the exported tokens of some rows at a layer."""
         return self.store.layer(layer, position=self.position, rows=self.ids[first:last])
 
+    def padded(self, layer: int, mask: Bool[Tensor, "n t"], first: int, last: int) -> Shaped[Tensor, "x t d"]:
+        """Return the exported tokens of some rows at a layer, with zeros where the mask of all rows is false."""
+        here = mask[first:last]
+        result = torch.zeros(*here.shape, self.store.header.width, dtype=self.store.header.torch_dtype)
+        result[here] = self.residual(layer, first, last)
+        return result
+
     def mask(self, side: Side) -> Bool[Tensor, "n t"]:
         """Return which tokens of the padded rows are real."""
         lengths = torch.from_numpy(np.diff(self.offsets))[:, None]
@@ -287,9 +289,7 @@ def _at_position(
     store: Store, ids: Sequence[str], position: str, offsets: NDArray[np.int64], marks: Tensor
 ) -> Int64[Tensor, " n"]:
     """Return the number of each row's one token at a position."""
-    if position not in store.header.positions:
-        raise StoreError(f"{store.path} has no position {position!r}; it has {', '.join(store.header.positions)}")
-    marked = (marks >> store.header.positions.index(position) & 1).numpy()
+    marked = (marks >> store.header.position_index(position, store.path) & 1).numpy()
     before = np.concatenate([np.zeros(1, np.int64), marked.cumsum(dtype=np.int64)])[offsets]
     wrong = np.flatnonzero(np.diff(before) != 1)
     if len(wrong):
@@ -318,16 +318,13 @@ def _write_numpy(chosen: _Selection, folder: Path) -> None:
 def _write_cache(chosen: _Selection, folder: Path, side: Side) -> None:
     mask = chosen.mask(side)
     n, longest = mask.shape
-    code, dtype = DTYPES[chosen.header.dtype]
+    code, _ = DTYPES[chosen.header.dtype]
 
-    def padded(layer: int) -> Iterator[Tensor]:
-        for first, last in chosen.spans(1, longest):
-            piece = torch.zeros(last - first, longest, chosen.header.width, dtype=dtype)
-            piece[mask[first:last]] = chosen.residual(layer, first, last)
-            yield piece
+    def pieces(layer: int) -> Iterator[Tensor]:
+        return (chosen.padded(layer, mask, first, last) for first, last in chosen.spans(1, longest))
 
     shape = (n, longest, chosen.header.width)
-    residuals = {hook_name(layer): (code, shape, padded(layer)) for layer in chosen.layers}
+    residuals = {hook_name(layer): (code, shape, pieces(layer)) for layer in chosen.layers}
     _write_safetensors(folder / CACHE_FILE, residuals)
     tokens = {"mask": mask}
     for name, values in chosen.tokens.items():
@@ -411,7 +408,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, .
     entries: dict[str, object] = {}
     end = 0
     for name, (code, shape, _) in tensors.items():
-        start, end = end, end + prod(shape) * _SIZES[code]
+        start, end = end, end + prod(shape) * BYTES[code]
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)

@@ -114,6 +114,18 @@ class StoreHeader:
         """Return the SHA-256 of `compared` as canonical JSON, in hex."""
         return hashlib.sha256(json.dumps(self.compared, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
+    def layer_index(self, layer: int, where: object) -> int:
+        """Return which of `layers` a layer is; raise StoreError, naming the store, if it is none of them."""
+        if layer not in self.layers:
+            raise StoreError(f"{where} has no layer {layer}; it has {', '.join(map(str, self.layers))}")
+        return self.layers.index(layer)
+
+    def position_index(self, position: str, where: object) -> int:
+        """Return which of `positions` a position is; raise StoreError, naming the store, if it is none of them."""
+        if position not in self.positions:
+            raise StoreError(f"{where} has no position {position!r}; it has {', '.join(self.positions) or 'none'}")
+        return self.positions.index(position)
+
     def to_json(self) -> bytes:
         """Return the content of store.json."""
         fields = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint} | _plain(self)
@@ -152,12 +164,16 @@ class StoreHeader:
             raise StoreError(f"{where} is damaged or was edited: its fingerprint does not fit its fields")
         return header
 
-    def refuse_difference(self, other: StoreHeader, where: str) -> None:
-        """Raise StoreError naming the fields in which `other`, a run about to append, is not this store's header."""
+    def differences(self, other: StoreHeader, here: str, there: str) -> str:
+        """Tell in which fields of `compared` two headers differ, and what this one has here and the other there."""
         mine, theirs = self.compared, other.compared
         names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-        if names:
-            told = "; ".join(f"{n} is {mine.get(n)!r} in the store and {theirs.get(n)!r} in this run" for n in names)
+        return "; ".join(f"{n} is {mine.get(n)!r:.400} {here} and {theirs.get(n)!r:.400} {there}" for n in names)
+
+    def refuse_difference(self, other: StoreHeader, where: str) -> None:
+        """Raise StoreError naming the fields in which `other`, a run about to append, is not this store's header."""
+        told = self.differences(other, "in the store", "in this run")
+        if told:
             raise StoreError(f"{where} belongs to another run: {told}. Choose another folder, or run with the same.")
 
 
@@ -200,6 +216,10 @@ class ShardRecord:
     rows_bytes: int
     rows_sha256: str
     versions: Mapping[str, str] | None = None
+
+    def made_with(self, header: StoreHeader) -> Mapping[str, str]:
+        """Return the versions of the packages that made the shard."""
+        return header.versions if self.versions is None else self.versions
 
     def to_line(self, extra: Mapping[str, object] = MappingProxyType({})) -> bytes:
         """Return the manifest line, ending in a newline, with fields of other versions of the format added."""

@@ -69,7 +69,7 @@ def _read_file(path: Path) -> pd.DataFrame | pa.Table:
     try:
         if path.suffix == ".parquet":
             # Not a data set of several files, whose folder names would become columns.
-            return pq.ParquetFile(path).read()
+            return pq.ParquetFile(path).read(use_threads=False)
         if path.suffix in (".csv", ".tsv"):
             separator = "," if path.suffix == ".csv" else "\t"
             # An id such as 007 is text, and "NA" or "None" may be an answer.

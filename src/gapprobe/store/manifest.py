@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 
 from gapprobe.errors import StoreError
@@ -29,6 +32,24 @@ class Manifest:
 
     records: tuple[ShardRecord, ...]
     damaged: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lines: Iterable[tuple[int, bytes, ShardRecord | None]]) -> Manifest:
+        """Take what `manifest_lines` yields."""
+        records: dict[int, ShardRecord] = {}
+        damaged: list[int] = []
+        for number, _, record in lines:
+            if record is None:
+                damaged.append(number)
+            else:
+                records[record.shard] = record
+        return cls(tuple(records.values()), tuple(damaged))
+
+    def warn_of_damage(self, where: str, mend: str, stacklevel: int) -> None:
+        """Warn of lines that do not count; `stacklevel` as seen from the caller of this."""
+        if self.damaged:
+            what = f"line {self.damaged[0]} of its manifest is damaged and the rows it sealed are left out"
+            warnings.warn(f"{where}: {what}. {mend}", stacklevel=stacklevel + 1)
 
 
 def read_header(path: Path) -> StoreHeader:
@@ -56,25 +77,33 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         StoreError: the manifest cannot be read, or two sound lines tell different things of one shard.
     """
-    records: dict[int, ShardRecord] = {}
-    damaged: list[int] = []
     file = path / MANIFEST_FILE
     try:
         with file.open("rb") as stream:
-            number = 0
-            while line := stream.readline(MAX_JSON_BYTES):
-                number += 1
-                record = ShardRecord.from_line(line[:-1]) if line.endswith(b"\n") else None
-                if record is not None:
-                    if records.setdefault(record.shard, record) != record:
-                        raise StoreError(f"{file} line {number} contradicts an earlier line about shard {record.shard}")
-                elif line.endswith(b"\n") or len(line) == MAX_JSON_BYTES:
-                    damaged.append(number)
+            return Manifest.of(manifest_lines(stream, str(file)))
     except FileNotFoundError:
-        pass
+        return Manifest((), ())
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {error.strerror}") from error
-    return Manifest(tuple(records.values()), tuple(damaged))
+
+
+def manifest_lines(stream: BufferedIOBase, where: str) -> Iterator[tuple[int, bytes, ShardRecord | None]]:
+    """Yield the number (from 1), text and record of each line; a damaged one has no record.
+
+    Raises:
+        StoreError: two sound lines tell different things of one shard, or one tells what cannot be.
+    """
+    records: dict[int, ShardRecord] = {}
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_JSON_BYTES), b""), 1):
+        whole = line.endswith(b"\n")
+        try:
+            record = ShardRecord.from_line(line[:-1]) if whole else None
+        except StoreError as error:
+            raise StoreError(f"{where} line {number}: {error}") from error
+        if record is not None and records.setdefault(record.shard, record) != record:
+            raise StoreError(f"{where} line {number} contradicts an earlier line about shard {record.shard}")
+        if whole or len(line) == MAX_JSON_BYTES:
+            yield number, line, record
 
 
 def listed_numbers(path: Path) -> set[int]:

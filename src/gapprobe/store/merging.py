@@ -11,23 +11,21 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import cast
 
-from tqdm import tqdm
-
 from gapprobe.errors import StoreError
-from gapprobe.files import as_output_error
+from gapprobe.files import as_output_error, require_room
 from gapprobe.store import disk
-from gapprobe.store.care import require_room
 from gapprobe.store.format import MANIFEST_FILE, SHARDS, STORE_FILE, ShardRecord, StoreHeader, shard_name
 from gapprobe.store.manifest import read_header, read_manifest
+from gapprobe.store.progress import Bar
 from gapprobe.store.reader import Store, open_store
-from gapprobe.store.shard import as_bytes
+from gapprobe.store.shard import TOKEN_TENSORS, as_bytes
 from gapprobe.store.table import ID, read_table
 from gapprobe.store.writer import StoreWriter
 
@@ -62,7 +60,7 @@ class _Part:
 
     @property
     def versions(self) -> Mapping[str, str]:
-        return self.header.versions if self.record.versions is None else self.record.versions
+        return self.record.made_with(self.header)
 
 
 def merge_stores(sources: Sequence[str | Path], target: str | Path, progress: bool = True) -> Merge:
@@ -90,7 +88,9 @@ def merge_stores(sources: Sequence[str | Path], target: str | Path, progress: bo
         raise StoreError(f"{target} is to be merged into itself; give another target")
     first = read_header(target) if (target / STORE_FILE).exists() else headers[0]
     for path, header in zip(paths, headers, strict=True):
-        _refuse_difference(path, header, target, first)
+        told = header.differences(first, "in the one", "in the other")
+        if told:
+            raise StoreError(f"{path} cannot be merged into {target}: {told}. One store holds rows of one kind only.")
     parts: list[_Part] = []
     bad: list[str] = []
     for path, header in zip(paths, headers, strict=True):
@@ -102,11 +102,8 @@ def merge_stores(sources: Sequence[str | Path], target: str | Path, progress: bo
     missing = [part for part in parts if part.record.shard_xxh128 not in taken]
     size = sum(part.record.shard_bytes for part in missing if _device(part.source) != _device(target))
     require_room(target, size, "merging into it", "Free some space, or choose another folder.")
-    with tqdm(
-        total=sum(part.record.shard_bytes for part in parts), unit="B", unit_scale=True, unit_divisor=1000,
-        desc=f"merge into {target.name}", delay=1, disable=not progress,
-    ) as bar:  # fmt: skip
-        run = _Run(target, first, taken, bad, bar.update)
+    with Bar(f"merge into {target.name}", sum(part.record.shard_bytes for part in parts), progress) as bar:
+        run = _Run(target, first, taken, bad, bar)
         for versions, group in groupby(parts, lambda part: part.versions):
             run.take(versions, group)
     if bad:
@@ -122,30 +119,11 @@ def _device(path: Path) -> int:
     return path.stat().st_dev
 
 
-def _refuse_difference(path: Path, header: StoreHeader, target: Path, wanted: StoreHeader) -> None:
-    mine, theirs = header.compared, wanted.compared
-    names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-    if names:
-        told = "; ".join(f"{name} is {mine.get(name)!r}, not {theirs.get(name)!r}" for name in names)
-        raise StoreError(f"{path} cannot be merged into {target}: {told}. One store holds rows of one kind only.")
-
-
 class _Run:
     """One merge: what has been taken over so far. `taken` tells shards by their content."""
 
-    def __init__(
-        self,
-        target: Path,
-        header: StoreHeader,
-        taken: set[str],
-        bad: list[str],
-        advance: Callable[[float], bool | None],
-    ) -> None:
-        self.target = target
-        self.header = header
-        self.taken = taken
-        self.bad = bad
-        self.advance = advance
+    def __init__(self, target: Path, header: StoreHeader, taken: set[str], bad: list[str], bar: Bar) -> None:
+        self.target, self.header, self.taken, self.bad, self.bar = target, header, taken, bad, bar
         self.new = 0
         self._ids: set[str] = set()
 
@@ -160,7 +138,7 @@ class _Run:
                         self.taken.add(part.record.shard_xxh128)
                     except StoreError as error:
                         self.bad.append(str(error))
-                self.advance(part.record.shard_bytes)
+                self.bar.update(part.record.shard_bytes)
 
     def _take(self, writer: StoreWriter, part: _Part) -> int:
         table = read_table(part.source, part.header, part.record, [ID])
@@ -188,10 +166,9 @@ class _Run:
 def _refuse_other_content(source: Store, target: Store, ids: Sequence[str]) -> None:
     """Raise StoreError when rows of the same ids hold other tokens or residuals."""
     theirs, mine = source.batch(ids), target.batch(ids)
-    names = ("offsets", "residual", "token_ids", "token_positions", "token_roles", "token_marks")
     differing = [
         name
-        for name in names
+        for name in ("offsets", "residual", *TOKEN_TENSORS)
         if bytes(as_bytes(getattr(theirs, name).contiguous())) != bytes(as_bytes(getattr(mine, name).contiguous()))
     ]
     if differing:

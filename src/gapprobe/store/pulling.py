@@ -12,23 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from gapprobe.errors import StoreError
-from gapprobe.files import as_output_error
+from gapprobe.files import as_output_error, require_room
 from gapprobe.store import disk
 from gapprobe.store.arena import token_bytes
-from gapprobe.store.care import require_room
 from gapprobe.store.format import MAX_JSON_BYTES, SHARDS, STORE_FILE, ShardRecord, StoreHeader, rows_name, shard_name
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.places import Damaged, Place
+from gapprobe.store.progress import Bar
 from gapprobe.store.table import ID, decode_table
 from gapprobe.store.transfers import (
-    Bar,
+    VERIFY,
     Transfer,
     in_order,
-    read_lines,
+    manifest_there,
     refuse_bad,
     refuse_other_run,
     table_there,
-    warn_of_damage,
 )
 from gapprobe.store.writer import StoreWriter
 
@@ -77,13 +76,13 @@ def pull_from(there: Place, path: Path, transfers: int, progress: bool, mend: st
     header = StoreHeader.from_json(text, there.at(STORE_FILE))
     if token_bytes(header) > MAX_TOKEN_BYTES:
         raise StoreError(f"{there.at(STORE_FILE)} is damaged: {len(header.layers)} layers of width {header.width}")
-    lines = read_lines(there)
-    warn_of_damage(str(there), lines.damaged)
+    manifest, _ = manifest_there(there)
+    manifest.warn_of_damage(str(there), VERIFY, stacklevel=3)
     if (path / STORE_FILE).exists():
         refuse_other_run(read_header(path), header, str(path), str(there))
     rows, bad, shards = 0, list[str](), 0
     with StoreWriter(path, header) as writer:
-        missing = _missing(lines.records, path, writer.ids, there, transfers)
+        missing = _missing(manifest.records, path, writer.ids, there, transfers)
         total = sum(record.shard_bytes for record in missing)
         need = total + sum(record.rows_bytes for record in missing)
         require_room(path, need, f"what {there} has and this lacks", "Free some space, or choose another folder.")
@@ -103,8 +102,8 @@ def pull_from(there: Place, path: Path, transfers: int, progress: bool, mend: st
                                 fetched.problem = told if name in told else f"{name}: {told}"
                         if fetched.problem is not None:
                             bad.append(fetched.problem)
-    refuse_bad(bad, len(lines.records), str(there), mend)
-    return Transfer(shards, rows, total, len(lines.records) - shards)
+    refuse_bad(bad, len(manifest.records), str(there), mend)
+    return Transfer(shards, rows, total, len(manifest.records) - shards)
 
 
 def _missing(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,19 @@ from gapprobe.store.format import (
 )
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.places import Damaged, Place, piece_size
+from gapprobe.store.progress import Bar
 from gapprobe.store.pulling import pull_from
 from gapprobe.store.shard import open_shard
 from gapprobe.store.table import ID, decode_table, read_table
 from gapprobe.store.transfers import (
-    Bar,
+    VERIFY,
     Transfer,
     in_order,
-    read_lines,
+    manifest_there,
     refuse_bad,
     refuse_other_run,
     table_there,
     told,
-    warn_of_damage,
 )
 
 # How often a push records what has arrived. What a killed one had not recorded is found there and not sent again.
@@ -88,8 +89,8 @@ def push(
     if there.local:
         # A folder of this machine has writers with locks, who know best how to add to it.
         return pull_from(Place(str(path.absolute()), {}, StoreError), Path(there.root), transfers, progress, mend)
-    warn_of_damage(str(path), manifest.damaged)
-    versions = _create(there, header, path).versions
+    manifest.warn_of_damage(str(path), VERIFY, stacklevel=2)
+    stored = _create(there, header, path)
     plan = _plan(path, header, manifest.records, there, recheck)
     new: list[ShardRecord] = []
     bad: list[str] = []
@@ -103,7 +104,10 @@ def push(
                     if problem is not None:
                         bad.append(problem)
                     elif not job.recorded:
-                        new.append(_as_made(replace(job.record, shard=job.number), header.versions, versions))
+                        # Beside a header with other versions, those that made the shard stay told.
+                        made = job.record.made_with(header)
+                        versions = None if made == stored.versions else made
+                        new.append(replace(job.record, shard=job.number, versions=versions))
                     if time.monotonic() - recorded > RECORD_SECONDS:
                         _record(there, new)
                         recorded = time.monotonic()
@@ -159,7 +163,7 @@ def _plan(path: Path, header: StoreHeader, records: Sequence[ShardRecord], there
     Raises:
         StoreError: some shard has such rows and others; sending it would store rows twice.
     """
-    known = read_lines(there).records
+    known = manifest_there(there)[0].records
     sizes = {f"{folder}/{name}": size for folder in (SHARDS, ROWS) for name, size in there.names(folder).items()}
 
     def job(record: ShardRecord, number: int, recorded: bool) -> _Job:
@@ -233,10 +237,7 @@ class _Sender:
                 table = open_shard(file, self.header, record).table()
             except StoreError as error:
                 raise Damaged(str(error)) from error
-
-            def pieces() -> Generator[bytes, None, None]:
-                return _pieces(file, piece_size(record.shard_bytes))
-
+            pieces = partial(_pieces, file, piece_size(record.shard_bytes))
             sent = self._deliver(job, shard_name(job.number), record.shard_bytes, pieces, record.shard_xxh128)
             checksum = self.there.digest([table]).xxh128
             sent += self._deliver(job, rows_name(job.number), len(table), lambda: [table], checksum)
@@ -277,8 +278,8 @@ def _pieces(file: Path, size: int) -> Generator[bytes, None, None]:
 
 def _record(there: Place, new: Sequence[ShardRecord]) -> None:
     """Write the manifest anew: the sound lines that it has, then those of shards that have arrived."""
-    lines = read_lines(there)
-    known = {record.shard: record.shard_xxh128 for record in lines.records}
+    manifest, lines = manifest_there(there)
+    known = {record.shard: record.shard_xxh128 for record in manifest.records}
     for record in new:
         if known.get(record.shard, record.shard_xxh128) != record.shard_xxh128:
             raise StoreError(
@@ -287,10 +288,4 @@ def _record(there: Place, new: Sequence[ShardRecord]) -> None:
             )
     added = [record.to_line() for record in new if record.shard not in known]
     if added:
-        there.write(MANIFEST_FILE, b"".join([*lines.text.values(), *added]))
-
-
-def _as_made(record: ShardRecord, here: Mapping[str, str], there: Mapping[str, str]) -> ShardRecord:
-    """Return the record for a manifest beside a header with other versions: those that made the shard stay told."""
-    versions = here if record.versions is None else record.versions
-    return replace(record, versions=None if versions == there else versions)
+        there.write(MANIFEST_FILE, b"".join([*lines.values(), *added]))

@@ -5,7 +5,6 @@ A `Store` shows the shards that were sealed when it was opened or last refreshed
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gapprobe.errors import StoreError
+from gapprobe.files import told_bytes
 from gapprobe.store.format import (
     STORE_FILE,
     VERSION,
@@ -35,8 +35,8 @@ from gapprobe.store.format import (
 from gapprobe.store.gather import Part, position_jobs, run_jobs, token_jobs, token_offsets
 from gapprobe.store.manifest import Manifest, read_header, read_manifest
 from gapprobe.store.moments import Moments, combine, moments
-from gapprobe.store.shard import TOKEN_TENSORS, Shard, layer_names, open_shard
-from gapprobe.store.table import ID, merge_schemas, read_table
+from gapprobe.store.shard import TOKEN_TENSORS, Shard, open_shard
+from gapprobe.store.table import ID, merge_schemas, read_table, shard_row
 from gapprobe.store.verify import Problem, verify_store
 
 
@@ -68,7 +68,7 @@ class StoreInfo:
             "settings": ", ".join(f"{name} {count:,}" for name, count in self.settings.items()) or "not given",
             "tokens": f"{self.tokens:,} at {', '.join(self.positions) or 'no named position'}",
             "residuals": f"{layers} layers of width {self.width}, {self.dtype}",
-            "disk": f"{self.bytes / 1e6:,.1f} MB in {self.shards:,} shards",
+            "disk": f"{told_bytes(self.bytes)} in {self.shards:,} shards",
         }
         return "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items())
 
@@ -178,13 +178,13 @@ class Store:
             StoreError: the layer, position or a row is not in the store; a row has no token at the position, or
                 several; or a file is damaged.
         """
-        index = self._layer_indices([layer])[0]
+        index = self.header.layer_index(layer, self.path)
         parts = self._parts(rows)
         if position is None:
             jobs = token_jobs(parts, [layer_name(layer)])
         else:
             self._refuse_unmarked(parts, position)
-            jobs = position_jobs(parts, index, layer_name(layer), self._position_index(position))
+            jobs = position_jobs(parts, index, layer_name(layer), self.header.position_index(position, self.path))
         if len(jobs) == 1 and jobs[0].consecutive:
             job = jobs[0]
             return job.shard.flat(job.names[0], int(job.lines[0]), int(job.lines[-1]) + 1)
@@ -204,7 +204,8 @@ class Store:
             StoreError: a row or layer is not in the store, or a file is damaged.
         """
         chosen = tuple(self.header.layers if layers is None else layers)
-        self._layer_indices(chosen)
+        for layer in chosen:
+            self.header.layer_index(layer, self.path)
         rows = rows if rows is None else [rows] if isinstance(rows, str) else list(rows)
         parts = self._parts(rows)
         jobs = token_jobs(parts, [layer_name(layer) for layer in chosen])
@@ -232,18 +233,8 @@ class Store:
             StoreError: there is no such row, or a file is damaged.
         """
         (part,) = self._parts([id])
-        number = int(part.rows[0])
-        first, last = part.shard.offsets[number : number + 2].tolist()
         columns = cast(dict[str, Value], self.table.slice(self._number_of[id], 1).to_pylist()[0])
-        return StoredRow(
-            id=cast(str, columns.pop(ID)),
-            columns=columns,
-            residual=part.shard.span(layer_names(self.header), first, last),
-            token_ids=part.shard.read("token_ids", first, last),
-            token_positions=part.shard.read("token_positions", first, last),
-            token_roles=part.shard.read("token_roles", first, last),
-            token_marks=part.shard.read("token_marks", first, last),
-        )
+        return shard_row(part.shard, self.header, int(part.rows[0]), columns)
 
     def moments(self, layer: int, position: str | None = None) -> Moments:
         """Return count, mean and variance of the residuals after a layer.
@@ -256,8 +247,8 @@ class Store:
         Raises:
             StoreError: the layer or position is not in the store, or a file is damaged.
         """
-        index = self._layer_indices([layer])[0]
-        group = None if position is None else self._position_index(position)
+        index = self.header.layer_index(layer, self.path)
+        group = None if position is None else self.header.position_index(position, self.path)
         return combine(
             (self._moments(shard, index, group) for shard in map(self._shard, self.records)), self.header.width
         )
@@ -323,17 +314,6 @@ class Store:
         """Number of each shard's first row."""
         return np.cumsum([0] + [record.rows for record in self.records], dtype=np.int64)
 
-    def _layer_indices(self, layers: Sequence[int]) -> list[int]:
-        for layer in layers:
-            if layer not in self.header.layers:
-                raise StoreError(f"{self.path} has no layer {layer}; it has {_told(self.header.layers)}")
-        return [self.header.layers.index(layer) for layer in layers]
-
-    def _position_index(self, position: str) -> int:
-        if position not in self.header.positions:
-            raise StoreError(f"{self.path} has no position {position!r}; it has {_told(self.header.positions)}")
-        return self.header.positions.index(position)
-
     def _parts(self, rows: Iterable[str] | None) -> list[Part]:
         """Return which rows of which shards are asked for, shard by shard."""
         if rows is None:
@@ -356,7 +336,7 @@ class Store:
 
     def _refuse_unmarked(self, parts: Sequence[Part], position: str) -> None:
         """Raise StoreError unless every row has exactly one token at the position."""
-        index = self._position_index(position)
+        index = self.header.position_index(position, self.path)
         wrong = [(place, id_, count) for part in parts for place, id_, count in self._unmarked(part, index)]
         if wrong:
             _, id_, count = min(wrong)
@@ -384,12 +364,8 @@ def open_store(path: str | Path) -> Store:
 
 def _read(path: Path) -> tuple[StoreHeader, Manifest]:
     header, manifest = read_header(path), read_manifest(path)
-    if manifest.damaged:
-        warnings.warn(
-            f"{path}: line {manifest.damaged[0]} of its manifest is damaged and the rows it sealed are left out. "
-            "Run `gapprobe store verify`; opening the store for writing seals them again.",
-            stacklevel=3,
-        )
+    mend = "Run `gapprobe store verify`; opening the store for writing seals them again."
+    manifest.warn_of_damage(str(path), mend, stacklevel=3)
     return header, manifest
 
 
@@ -404,7 +380,3 @@ def find_stores(folder: str | Path) -> list[Path]:
     if not found:
         raise StoreError(f"{folder} is no gapprobe store and has none below it. Give the folder that capture wrote.")
     return found
-
-
-def _told(values: tuple[object, ...]) -> str:
-    return ", ".join(map(str, values)) or "none"

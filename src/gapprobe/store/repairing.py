@@ -230,8 +230,10 @@ class _Run:
             self.problems.append(Problem(MANIFEST_FILE, what))
         else:
             self.problems += damaged_lines(manifest.damaged)
-        if manifest is None or manifest.damaged:
-            self._hashes = self._hashes_of_manifest()
+        broken = manifest is None or bool(manifest.damaged)
+        if broken:
+            text = read_small(self.path / MANIFEST_FILE, _MOST_READ) or b""
+            self._hashes = {found.decode() for found in re.findall(rb"[0-9a-f]{64}", text)}
         before = [] if manifest is None else manifest.records
         after: list[ShardRecord] = []
         retired: list[int] = []
@@ -254,9 +256,9 @@ class _Run:
                 self._keep(found, np.ones(record.rows, bool))
         for number in sorted(listed - {record.shard for record in before}):
             retired += self._look_at_published(header, number, after)
-        if manifest is None or manifest.damaged:
+        if broken:
             self._copy(MANIFEST_FILE)
-        if manifest is None or manifest.damaged or after != list(before):
+        if broken or after != list(before):
             self._list_lost()
             sealing.replace_manifest(self.path, after)
         for number in retired:
@@ -288,10 +290,6 @@ class _Run:
         else:
             self._lose(table)
         return [number]
-
-    def _hashes_of_manifest(self) -> set[str]:
-        text = read_small(self.path / MANIFEST_FILE, _MOST_READ) or b""
-        return {found.decode() for found in re.findall(rb"[0-9a-f]{64}", text)}
 
     def _proven_table(self, file: Path) -> bytes | None:
         """Return a table of rows whose line is damaged, if what is left of the line proves that it is sound."""

@@ -40,7 +40,7 @@ TOKEN_TENSORS = ("token_ids", "token_positions", "token_roles", "token_marks")
 PIECE = 8 << 20
 # Reading over a gap this small is cheaper than a read for each side of it: the disk gives whole pages.
 _GAP = 4 << 10
-_CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "U8": torch.uint8}
+CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "U8": torch.uint8}
 # Tensors that a later version or another program added may have types that we never read; their sizes still count.
 BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -64,7 +64,6 @@ class Shard:
     tokens: int
     begin: int
     """Where the data begin in the file."""
-    metadata: Mapping[str, str]
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
     """dtype, shape, and first byte in the file, by name."""
 
@@ -110,10 +109,10 @@ class Shard:
         last = shape[0] if last is None else last
         shape = (last - first, *shape[1:])
         if not prod(shape):
-            return torch.empty(shape, dtype=_CODES[code])
+            return torch.empty(shape, dtype=CODES[code])
         stride = prod(shape[1:]) * BYTES[code]
         data, at = _map(self.path, begin + first * stride, begin + last * stride)
-        return torch.frombuffer(data, dtype=_CODES[code], count=prod(shape), offset=at).view(shape)
+        return torch.frombuffer(data, dtype=CODES[code], count=prod(shape), offset=at).view(shape)
 
     def flat(self, name: str, first: int, last: int) -> Shaped[Tensor, "n d"]:
         """Map lines of a tensor as `tensor` does; its last axis is a line, whatever axes stand before it."""
@@ -124,7 +123,7 @@ class Shard:
         """Read lines of a tensor into memory; unlike a map, the result holds no descriptor and may lie anywhere."""
         code, shape, begin = self.tensors[name]
         last = shape[0] if last is None else last
-        result = torch.empty(last - first, *shape[1:], dtype=_CODES[code])
+        result = torch.empty(last - first, *shape[1:], dtype=CODES[code])
         if result.numel():
             with _opened(self.path) as descriptor:
                 stride = prod(shape[1:]) * BYTES[code]
@@ -177,7 +176,7 @@ class Shard:
     def span(self, names: Sequence[str], first: int, last: int) -> Shaped[Tensor, "k n d"]:
         """Read lines one after another of several tensors."""
         code, shape, _ = self.tensors[names[0]]
-        out = torch.empty(len(names), last - first, shape[-1], dtype=_CODES[code])
+        out = torch.empty(len(names), last - first, shape[-1], dtype=CODES[code])
         self.take(names, np.arange(first, last), out, np.arange(last - first))
         return out
 
@@ -185,8 +184,11 @@ class Shard:
         """Return the bytes of the table of rows."""
         return bytes(as_bytes(self.read(ROWS_TENSOR)))
 
-    def damaged_blocks(self) -> list[tuple[int, int]]:
-        """Return the spans of bytes of the file whose content is not what its checksum was taken of. Reads all."""
+    def damaged_blocks(self, first: int = 0, last: int | None = None) -> list[tuple[int, int]]:
+        """Return the spans of bytes of the file whose content is not what its checksum was taken of.
+
+        Reads all of it, or what the blocks hold that bytes `first` to `last` lie in.
+        """
         begin, end = self.begin, self.tensors[CHECKSUMS_TENSOR][2]
         wanted = bytes(as_bytes(self.read(CHECKSUMS_TENSOR)))
         bad: list[tuple[int, int]] = []
@@ -194,6 +196,8 @@ class Shard:
         with _opened(self.path) as descriptor:
             for number, at in enumerate(range(begin, end, BLOCK)):
                 data = piece[: min(BLOCK, end - at)]
+                if at + len(data) <= first or (last is not None and at >= last):
+                    continue
                 _read(descriptor, self.path, data, at)
                 if xxhash.xxh3_64_digest(data) != wanted[8 * number : 8 * number + 8]:
                     bad.append((at, at + len(data)))
@@ -303,7 +307,7 @@ def open_shard(path: Path, header: StoreHeader, record: ShardRecord | None = Non
             raise StoreError(f"{path} is damaged: {name} is {tensors.get(name, ('missing',))[:2]}, not {entry}")
     if not isinstance(metadata, dict) or cast(dict[str, object], metadata).get("fingerprint") != header.fingerprint:
         raise StoreError(f"{path} belongs to another store: its fingerprint differs from that of store.json")
-    return Shard(path, wanted.rows, wanted.tokens, 8 + length, cast(dict[str, str], metadata), tensors)
+    return Shard(path, wanted.rows, wanted.tokens, 8 + length, tensors)
 
 
 def _checksummed(tensors: Mapping[str, tuple[str, tuple[int, ...], int]], begin: int) -> int:

@@ -94,16 +94,20 @@ class Block:
 
 
 @dataclass(frozen=True)
-class PaddedRows:
-    """A line is a row; `mask` [n, t] says which of its tokens are real, else all are."""
-
+class _Grid:
     block: Block
-    mask: Array | None
 
     @property
     def kind(self) -> Kind:
         """Return what all rows have in common."""
         return self.block.kind
+
+
+@dataclass(frozen=True)
+class PaddedRows(_Grid):
+    """A line is a row; `mask` [n, t] says which of its tokens are real, else all are."""
+
+    mask: Array | None
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -134,16 +138,10 @@ class PaddedRows:
 
 
 @dataclass(frozen=True)
-class FlatRows:
+class FlatRows(_Grid):
     """A line is a token; row i has the lines `offsets[i]` up to but not including `offsets[i + 1]`."""
 
-    block: Block
     offsets: NDArray[np.int64]
-
-    @property
-    def kind(self) -> Kind:
-        """Return what all rows have in common."""
-        return self.block.kind
 
     @property
     def sizes(self) -> NDArray[np.int64]:

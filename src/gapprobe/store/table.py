@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from gapprobe.errors import StoreError
 from gapprobe.store.format import ShardRecord, StoredRow, StoreHeader, Value, rows_name, shard_name
-from gapprobe.store.shard import Shard, layer_names, open_shard
+from gapprobe.store.shard import TOKEN_TENSORS, Shard, layer_names, open_shard
 
 ID = "id"
 
@@ -94,12 +94,6 @@ def read_table(store: Path, header: StoreHeader, record: ShardRecord, columns: S
     return decode_table(content, path, record.rows, columns)
 
 
-def check_table(store: Path, record: ShardRecord) -> None:
-    """Raise StoreError unless the table's own file is sound."""
-    path = store / rows_name(record.shard)
-    decode_table(_checked(path, record), path, record.rows, [ID])
-
-
 def _checked(path: Path, record: ShardRecord) -> bytes:
     try:
         if path.stat().st_size != record.rows_bytes:
@@ -135,15 +129,13 @@ def decode_table(content: bytes, path: Path, rows: int, columns: Sequence[str] |
 
 def shard_rows(shard: Shard, header: StoreHeader, table: pa.Table) -> Iterator[StoredRow]:
     """Read the rows of a shard one by one; `table` is its table."""
-    names, offsets = layer_names(header), shard.offsets.tolist()
     for number, columns in enumerate(cast(list[dict[str, Value]], table.to_pylist())):
-        first, last = offsets[number], offsets[number + 1]
-        yield StoredRow(
-            id=cast(str, columns.pop(ID)),
-            columns=columns,
-            residual=shard.span(names, first, last),
-            token_ids=shard.read("token_ids", first, last),
-            token_positions=shard.read("token_positions", first, last),
-            token_roles=shard.read("token_roles", first, last),
-            token_marks=shard.read("token_marks", first, last),
-        )
+        yield shard_row(shard, header, number, columns)
+
+
+def shard_row(shard: Shard, header: StoreHeader, number: int, columns: dict[str, Value]) -> StoredRow:
+    """Read row `number` of a shard; `columns` is its line of the table, with the id."""
+    first, last = shard.offsets[number : number + 2].tolist()
+    residual = shard.span(layer_names(header), first, last)
+    tokens = {name: shard.read(name, first, last) for name in TOKEN_TENSORS}
+    return StoredRow(cast(str, columns.pop(ID)), columns, residual, **tokens)

@@ -1,10 +1,9 @@
-"""What pushing and pulling share: the manifest of a store elsewhere, several transfers at once, refusals, a bar."""
+"""What pushing and pulling share: the manifest of a store elsewhere, several transfers at once, refusals."""
 
 from __future__ import annotations
 
 import hashlib
-import threading
-import warnings
+import io
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,16 +11,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from gapprobe.errors import ConfigError, StoreError
-from gapprobe.store.format import MANIFEST_FILE, MAX_JSON_BYTES, ShardRecord, StoreHeader, rows_name
+from gapprobe.files import told_bytes
+from gapprobe.store.format import MANIFEST_FILE, ShardRecord, StoreHeader, rows_name
+from gapprobe.store.manifest import Manifest, manifest_lines
 from gapprobe.store.places import Damaged, Place
 
 # 100,000 shards have lines of 40 MB.
 MAX_MANIFEST_BYTES = 256 << 20
 # No honest table comes near this.
 MAX_TABLE_BYTES = 256 << 20
+
+VERIFY = "Run `gapprobe store verify` where it was written."
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -46,45 +47,20 @@ class Transfer:
     def __str__(self) -> str:
         """Return a sentence."""
         return (
-            f"{self.shards:,} shards transferred ({self.bytes / 1e6:,.1f} MB, {self.rows:,} new rows); "
+            f"{self.shards:,} shards transferred ({told_bytes(self.bytes)}, {self.rows:,} new rows); "
             f"{self.skipped:,} were there already"
         )
 
 
-@dataclass(frozen=True)
-class Lines:
-    """The manifest there: sound lines by shard, as they stand, and the numbers (from 1) of damaged ones."""
-
-    text: Mapping[int, bytes]
-    records: tuple[ShardRecord, ...]
-    damaged: tuple[int, ...]
-
-
-def read_lines(there: Place) -> Lines:
-    """Read the manifest as `manifest.read_manifest` reads a local one.
+def manifest_there(there: Place) -> tuple[Manifest, Mapping[int, bytes]]:
+    """Read the manifest there; return it, and its sound lines by shard as they stand.
 
     Raises:
         StoreError: it is too large, or two sound lines tell different things of one shard.
     """
-    text: dict[int, bytes] = {}
-    records: dict[int, ShardRecord] = {}
-    damaged: list[int] = []
-    lines = (there.read(MANIFEST_FILE, MAX_MANIFEST_BYTES) or b"").split(b"\n")
-    # What follows the last newline is a torn line, or nothing.
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            record = ShardRecord.from_line(line) if len(line) < MAX_JSON_BYTES else None
-        except StoreError as error:
-            raise StoreError(f"{there.at(MANIFEST_FILE)} line {number}: {error}") from error
-        if record is None:
-            damaged.append(number)
-            continue
-        if records.setdefault(record.shard, record) != record:
-            raise StoreError(
-                f"{there.at(MANIFEST_FILE)} line {number} contradicts an earlier line about shard {record.shard}"
-            )
-        text[record.shard] = line + b"\n"
-    return Lines(text, tuple(records.values()), tuple(damaged))
+    stream = io.BytesIO(there.read(MANIFEST_FILE, MAX_MANIFEST_BYTES) or b"")
+    lines = list(manifest_lines(stream, there.at(MANIFEST_FILE)))
+    return Manifest.of(lines), {record.shard: line for _, line, record in lines if record is not None}
 
 
 def table_there(there: Place, record: ShardRecord) -> bytes | None:
@@ -100,21 +76,9 @@ def table_there(there: Place, record: ShardRecord) -> bytes | None:
 
 def refuse_other_run(here: StoreHeader, there: StoreHeader, path: str, place: str) -> None:
     """Raise StoreError naming the fields in which two stores differ."""
-    mine, theirs = here.compared, there.compared
-    names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-    if names:
-        fields = "; ".join(f"{n} is {theirs.get(n)!r:.80} there and {mine.get(n)!r:.80} here" for n in names)
+    fields = there.differences(here, "there", "here")
+    if fields:
         raise StoreError(f"{place} and {path} are of different runs: {fields}. Choose another place for one of them.")
-
-
-def warn_of_damage(place: str, damaged: Sequence[int]) -> None:
-    """Warn of lines of a manifest that do not count."""
-    if damaged:
-        warnings.warn(
-            f"{place}: line {damaged[0]} of its manifest is damaged and the rows it sealed are left out. "
-            "Run `gapprobe store verify` where it was written.",
-            stacklevel=3,
-        )
 
 
 def refuse_bad(bad: Sequence[str], total: int, place: str, mend: str) -> None:
@@ -159,22 +123,3 @@ def in_order(
                 if not future.cancelled() and future.exception() is None:
                     drop(future.result())
             raise
-
-
-class Bar:
-    """A progress bar in bytes that threads may advance."""
-
-    def __init__(self, name: str, total: int, shown: bool) -> None:
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc=name, disable=not shown)
-        self._guard = threading.Lock()
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, count: int) -> None:
-        """Advance by so many bytes."""
-        with self._guard:
-            self._bar.update(count)

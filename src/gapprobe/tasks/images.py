@@ -159,7 +159,8 @@ def _in_parquet(path: Path, entities: frozenset[str]) -> dict[str, tuple[ImageFi
     import pyarrow.parquet as pq
 
     try:
-        columns = pq.read_table(path, columns=["image", "entity"]).to_pydict()
+        # No threads: one that still starts when the process ends aborts it (see `store.table`).
+        columns = pq.read_table(path, columns=["image", "entity"], use_threads=False).to_pydict()
         found: dict[str, list[ImageFile]] = {}
         for image, entity in zip(columns["image"], columns["entity"], strict=True):
             if entity in entities:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gapprobe.errors import DataError, OutputError
+from gapprobe.errors import DataError
+from gapprobe.files import require_room, told_bytes
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageSource
 
@@ -89,26 +89,16 @@ class DiskNeed:
 
     def require(self, folder: Path) -> None:
         """Raise OutputError, with the numbers and a smaller setting, when the disk of `folder` has too little room."""
-        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
-        if self.bytes <= free:
-            return
-        raise OutputError(
-            f"{folder}: {self.rows:,} rows x {self.layers} layers x {self.positions} positions x {self.width} wide in "
-            f"{self.dtype} need about {_told(self.bytes)}, and {_told(free)} are free. {self._smaller(free)}"
-        )
+        what = f"{self.rows:,} rows x {self.layers} layers x {self.positions} positions x {self.width} wide"
+        require_room(folder, self.bytes, f"{what} in {self.dtype}", self._smaller)
 
     def _smaller(self, free: int) -> str:
         half = DiskNeed(self.rows, self.layers, self.positions, self.width, "bfloat16")
         if BYTES[self.dtype] > 2 and half.bytes <= free:
-            return f"Use dtype='bfloat16' ({_told(half.bytes)}), or free some space."
+            return f"Use dtype='bfloat16' ({told_bytes(half.bytes)}), or free some space."
         layer = DiskNeed(self.rows, 1, self.positions, self.width, "bfloat16")
         fit = (free // max(self.rows, 1) - TABLE_BYTES) // (layer.bytes // max(self.rows, 1) - TABLE_BYTES)
         if fit >= 1:
             return f"Use dtype='bfloat16' and at most {fit} layers, or free some space."
         per_row = (layer.bytes // max(self.rows, 1)) or 1
         return f"Even one layer in bfloat16 fits for {free // per_row:,} rows only; free some space."
-
-
-def _told(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
