@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from gapprobe.errors import OutputError, StoreError
+from gapprobe.store import disk
 from gapprobe.store.clearing import collect_garbage
 from gapprobe.store.compacting import compact_store
 from gapprobe.store.format import STORE_FILE, StoredRow
@@ -136,6 +137,11 @@ def _persist(attempt: Callable, tries) -> object:
                 os._exit(GAVE_UP)
 
 
+def whole_pages(size: int) -> int:
+    """Return how much of so many bytes can be written past the page cache; less than a page never is."""
+    return size // disk.ALIGNMENT * disk.ALIGNMENT or size
+
+
 def _meddle(life: Life) -> None:
     """Have this process's calls to the disk fail, fall short, or be its last."""
     pick, done, real = random.Random(life.seed), Counter(), {name: getattr(os, name) for name in CALLS}
@@ -150,11 +156,12 @@ def _meddle(life: Life) -> None:
             done[name] += 1
             if (name, done[name]) == life.dies_at:
                 if name in ("write", "pwrite"):
-                    real[name](args[0], args[1][: len(args[1]) // 2], *args[2:])
+                    real[name](args[0], args[1][: whole_pages(len(args[1]) // 2)], *args[2:])
                 os.kill(os.getpid(), signal.SIGKILL)
             if pick.random() < life.faults:
                 if name in ("write", "pwrite") and pick.random() < 0.7:
-                    return real[name](args[0], args[1][: pick.randint(1, len(args[1]))], *args[2:])
+                    count = pick.randint(1, len(args[1]))
+                    return real[name](args[0], args[1][: pick.choice((count, whole_pages(count)))], *args[2:])
                 if name in FAILING:
                     raise OSError(pick.choice((errno.EIO, errno.ENOSPC)), "injected")
             return real[name](*args, **kwargs)

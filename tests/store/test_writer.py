@@ -73,6 +73,15 @@ def test_tensors_that_are_not_contiguous(tmp_path):
     assert equal(open_store(tmp_path).row("a"), row)
 
 
+def test_an_axis_of_length_one_may_have_any_stride(tmp_path):
+    header = reheaded(width=1)
+    layers = len(header.layers)
+    row = make_row("a", 1, header)
+    row = dataclasses.replace(row, residual=row.residual.as_strided((layers, 1, 1), (1, 1, 0)))
+    write(tmp_path, [row, make_row("b", 0, header)], header)
+    assert holds(tmp_path, [row, make_row("b", 0, header)])
+
+
 def test_rows_in_hand_are_sealed_when_the_caller_fails(tmp_path):
     rows = some_rows(3)
 

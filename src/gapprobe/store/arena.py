@@ -17,6 +17,8 @@ from gapprobe.store.memory import fresh
 
 # Rows without tokens take no room in a shard, but their columns do in memory.
 MAX_ROWS = 1 << 16
+# Of the columns of a shard's rows, far below what its table may take.
+MAX_COLUMN_BYTES = 256 << 20
 
 
 def token_bytes(header: StoreHeader) -> int:
@@ -24,11 +26,17 @@ def token_bytes(header: StoreHeader) -> int:
     return len(header.layers) * header.width * header.torch_dtype.itemsize + 18
 
 
+def column_bytes(columns: Mapping[str, Value]) -> int:
+    """Return about how much memory a row's columns take, rather more than less."""
+    return sum(8 * len(value) if isinstance(value, str | list) else 8 for value in columns.values())
+
+
 class Arena:
     """Room for `capacity` tokens, which takes memory only as it is filled.
 
     Attributes:
         ids, columns: of the rows, in their order.
+        column_bytes: about how much memory the columns take.
         tokens: how many are taken.
     """
 
@@ -45,6 +53,7 @@ class Arena:
         """Forget all rows; the memory stays."""
         self.ids: list[str] = []
         self.columns: list[Mapping[str, Value]] = []
+        self.column_bytes = 0
         self.tokens = 0
         self._ends = [0]
 
@@ -53,6 +62,7 @@ class Arena:
         return (
             self.tokens + sum(len(row.token_ids) for row in rows) <= self.capacity
             and len(self.ids) + len(rows) <= MAX_ROWS
+            and self.column_bytes + sum(column_bytes(row.columns) for row in rows) <= MAX_COLUMN_BYTES
         )
 
     @property
@@ -64,7 +74,9 @@ class Arena:
         """Copy a row that fits."""
         here = slice(self.tokens, self.tokens + len(row.token_ids))
         # numpy copies in the calling thread; torch would wake threads that sealing needs.
-        self._bytes[:, here] = row.residual.detach().cpu().contiguous().view(torch.uint8).numpy()
+        # Flat first: the stride of an axis of length one may be anything, and a view as bytes minds it.
+        given = row.residual.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        self._bytes[:, here] = given.reshape(len(self._bytes), -1, self._bytes.shape[2])
         self._numbers[0, here].copy_(row.token_ids)
         self._numbers[1, here].copy_(row.token_positions)
         self._codes[0, here].copy_(row.token_roles)
@@ -72,6 +84,7 @@ class Arena:
         self.tokens = here.stop
         self.ids.append(row.id)
         self.columns.append(dict(row.columns))
+        self.column_bytes += column_bytes(row.columns)
         self._ends.append(self.tokens)
 
     def claim(self, ids: Sequence[str], lengths: Sequence[int]) -> slice:
@@ -97,6 +110,7 @@ class Arena:
             self.tokens = here.stop
             self.ids.append(names[i])
             self.columns.append(columns[i])
+            self.column_bytes += column_bytes(columns[i])
             self._ends.append(self.tokens)
 
     @property

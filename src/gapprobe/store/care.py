@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gapprobe.errors import StoreError
 from gapprobe.files import as_output_error
-from gapprobe.store import disk
+from gapprobe.store import disk, sealing
 from gapprobe.store.format import LOCK_FILE
 
 
@@ -23,6 +23,7 @@ def alone(path: Path, what: str) -> Generator[None, None, None]:
         StoreError: the file system has no locks, so that a writer could come between the steps.
     """
     safe = "No sealed row was touched."
+    sealing.refuse_links(path)
     with as_output_error(f"{path}: {what}", lambda: safe), disk.exclusive(path / LOCK_FILE) as locked:
         if not locked:
             raise StoreError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,7 @@ from gapprobe.store.format import ROWS, SHARDS, ShardRecord, StoreHeader, rows_n
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.packing import derive
 from gapprobe.store.progress import Bar
-from gapprobe.store.table import decode_table, encode_table
+from gapprobe.store.table import decode_table, encode_table, join_tables
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def _join(path: Path, header: StoreHeader, group: Sequence[ShardRecord], arena: 
             tables.append(decode_table(found.table, path / rows_name(record.shard), record.rows))
     if len(set(arena.ids)) < len(arena.ids):
         raise StoreError(f"{path} holds a row twice. {_mend(path)}")
-    table = encode_table(cast(pa.Table, pa.concat_tables(tables, promote_options="permissive")))
+    table = encode_table(join_tables(tables))
     with (
         as_output_error(f"{path}: it cannot be compacted", lambda: "All rows are where they were."),
         sealing.packed(path, header, arena, derive(header, arena), table, group[0].versions) as (shard, rows, new),

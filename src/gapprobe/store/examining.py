@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gapprobe.errors import StoreError
+from gapprobe.store import disk
 from gapprobe.store.arena import Arena
 from gapprobe.store.format import (
     BLOCK,
@@ -308,15 +308,14 @@ def _told_blocks(content: _Content) -> str:
 def _opened(path: Path) -> Generator[int, None, None]:
     """Open a file for reading."""
     try:
-        # A pipe of that name would be waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = disk.open_regular(path)
     except FileNotFoundError as error:
         raise _NoFileError("it is missing") from error
     except OSError as error:
+        if path.exists() and not path.is_file():
+            raise _NoFileError("it is no file, but something else") from error
         raise _UnreadableError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise _NoFileError("it is no file, but something else")
         yield descriptor
     finally:
         os.close(descriptor)

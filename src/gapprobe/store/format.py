@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite
 from types import MappingProxyType
 from typing import TypeVar, cast
@@ -35,6 +37,7 @@ CHECKSUMS_TENSOR = "block_checksums"
 MAX_JSON_BYTES = 1 << 20
 MAX_SHARD_NUMBER = 10**9
 MAX_POSITIONS = 8
+MAX_SIZE = 1 << 56
 
 # Each checksum of a shard's `block_checksums` is that of so many bytes of its data.
 BLOCK = 1 << 20
@@ -44,6 +47,7 @@ DTYPES: Mapping[str, tuple[str, torch.dtype]] = MappingProxyType(
 )
 _ROLES = ("other", "image", "system", "question", "entity", "reference", "answer_cue", "answer", "padding", "query")
 ROLES: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(_ROLES)})
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _RECORDED = ("model.source", "model.revision", "versions.")
 
 T = TypeVar("T")
@@ -116,9 +120,14 @@ class StoreHeader:
 
     def layer_index(self, layer: int, where: object) -> int:
         """Return which of `layers` a layer is; raise StoreError, naming the store, if it is none of them."""
-        if layer not in self.layers:
+        if layer not in self._numbers:
             raise StoreError(f"{where} has no layer {layer}; it has {', '.join(map(str, self.layers))}")
-        return self.layers.index(layer)
+        return self._numbers[layer]
+
+    @cached_property
+    def _numbers(self) -> dict[int, int]:
+        # Of each of very many layers, `index` would take for ever.
+        return {layer: number for number, layer in enumerate(self.layers)}
 
     def position_index(self, position: str, where: object) -> int:
         """Return which of `positions` a position is; raise StoreError, naming the store, if it is none of them."""
@@ -249,9 +258,19 @@ class ShardRecord:
             rows_sha256=_field(fields, "rows_sha256", str),
             versions=_mapping(fields, "versions", str) if "versions" in fields else None,
         )
-        sizes = (record.shard, record.rows, record.tokens, record.shard_bytes, record.rows_bytes)
-        _require(min(sizes) >= 0 and record.shard <= MAX_SHARD_NUMBER, "manifest line with a number out of range")
+        sizes = (record.rows, record.tokens, record.shard_bytes, record.rows_bytes)
+        sound = 0 <= record.shard <= MAX_SHARD_NUMBER and all(0 <= size < MAX_SIZE for size in sizes)
+        _require(sound, "manifest line with a number out of range")
         return record
+
+
+def check_id(id_: str) -> None:
+    """Raise StoreError unless this can be the id of a row."""
+    _require(bool(id_) and not _CONTROL.search(id_), f"row {id_!r:.80}: an id is text without control characters")
+    try:
+        id_.encode()
+    except UnicodeEncodeError as error:
+        raise StoreError(f"row {id_!r:.80}: an id is text that UTF-8 can hold") from error
 
 
 def shard_name(number: int) -> str:

@@ -10,9 +10,11 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from gapprobe.errors import StoreError
+from gapprobe.store import disk
 from gapprobe.store.format import (
     MANIFEST_FILE,
     MAX_JSON_BYTES,
+    MAX_SHARD_NUMBER,
     ROWS,
     ROWS_SUFFIX,
     SHARD_SUFFIX,
@@ -60,7 +62,7 @@ def read_header(path: Path) -> StoreHeader:
     """
     file = path / STORE_FILE
     try:
-        with file.open("rb") as stream:
+        with open(disk.open_regular(file), "rb") as stream:
             text = stream.read(MAX_JSON_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(
@@ -79,7 +81,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST_FILE
     try:
-        with file.open("rb") as stream:
+        with open(disk.open_regular(file), "rb") as stream:
             return Manifest.of(manifest_lines(stream, str(file)))
     except FileNotFoundError:
         return Manifest((), ())
@@ -91,22 +93,25 @@ def manifest_lines(stream: BufferedIOBase, where: str) -> Iterator[tuple[int, by
     """Yield the number (from 1), text and record of each line; a damaged one has no record.
 
     Raises:
-        StoreError: two sound lines tell different things of one shard, or one tells what cannot be.
+        StoreError: two sound lines tell different things of one shard, or one tells what cannot be or has no end.
     """
     records: dict[int, ShardRecord] = {}
     for number, line in enumerate(iter(lambda: stream.readline(MAX_JSON_BYTES), b""), 1):
         whole = line.endswith(b"\n")
+        if len(line) == MAX_JSON_BYTES:
+            raise StoreError(f"{where} is damaged: line {number} has more than {MAX_JSON_BYTES} bytes")
         try:
             record = ShardRecord.from_line(line[:-1]) if whole else None
         except StoreError as error:
             raise StoreError(f"{where} line {number}: {error}") from error
         if record is not None and records.setdefault(record.shard, record) != record:
             raise StoreError(f"{where} line {number} contradicts an earlier line about shard {record.shard}")
-        if whole or len(line) == MAX_JSON_BYTES:
+        if whole:
             yield number, line, record
 
 
 def listed_numbers(path: Path) -> set[int]:
     """Return the numbers of all shards that have a file, sealed or not."""
     names = [*(path / SHARDS).glob(f"*{SHARD_SUFFIX}"), *(path / ROWS).glob(f"*{ROWS_SUFFIX}")]
-    return {int(name.stem) for name in names if re.fullmatch("[0-9]{6,10}", name.stem)}
+    numbers = {name.stem: int(name.stem) for name in names if re.fullmatch("[0-9]{6,10}", name.stem)}
+    return {number for stem, number in numbers.items() if stem == f"{number:06d}" and number <= MAX_SHARD_NUMBER}

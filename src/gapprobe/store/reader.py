@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -28,7 +27,6 @@ from gapprobe.store.format import (
     ShardRecord,
     StoredRow,
     StoreHeader,
-    Value,
     layer_name,
     shard_name,
 )
@@ -36,7 +34,7 @@ from gapprobe.store.gather import Part, position_jobs, run_jobs, token_jobs, tok
 from gapprobe.store.manifest import Manifest, read_header, read_manifest
 from gapprobe.store.moments import Moments, combine, moments
 from gapprobe.store.shard import TOKEN_TENSORS, Shard, open_shard
-from gapprobe.store.table import ID, merge_schemas, read_table, shard_row
+from gapprobe.store.table import ID, join_tables, plain_rows, read_table, shard_row
 from gapprobe.store.verify import Problem, verify_store
 
 
@@ -128,11 +126,7 @@ class Store:
     @cached_property
     def table(self) -> pa.Table:
         """Return the table of rows as Arrow has it, with the column `id`, in the order of sealing."""
-        tables = [read_table(self.path, self.header, record) for record in self.records]
-        schema = pa.schema([(ID, pa.string())])
-        for table in tables:
-            schema = merge_schemas(schema, table.schema)
-        return pa.concat_tables([schema.empty_table(), *tables], promote_options="permissive")
+        return join_tables([read_table(self.path, self.header, record) for record in self.records])
 
     @cached_property
     def ids(self) -> tuple[str, ...]:
@@ -233,7 +227,7 @@ class Store:
             StoreError: there is no such row, or a file is damaged.
         """
         (part,) = self._parts([id])
-        columns = cast(dict[str, Value], self.table.slice(self._number_of[id], 1).to_pylist()[0])
+        (columns,) = plain_rows(self.table.slice(self._number_of[id], 1), self.path)
         return shard_row(part.shard, self.header, int(part.rows[0]), columns)
 
     def moments(self, layer: int, position: str | None = None) -> Moments:
@@ -257,14 +251,18 @@ class Store:
         if position is not None and "moments.count" in shard.tensors:
             line = position * len(self.header.layers) + layer
             mean, std = (shard.flat(name, line, line + 1)[0].double() for name in ("moments.mean", "moments.std"))
-            return Moments(int(shard.read("moments.count")[position]), mean, std.square())
+            count = int(shard.read("moments.count")[position])
+            if not 0 <= count <= shard.tokens:
+                raise StoreError(f"{shard.path} is damaged: its moments are those of {count} tokens")
+            return Moments(count, mean, std.square())
         marked = None if position is None else torch.from_numpy(np.flatnonzero(shard.marks >> position & 1))
         return moments(shard.tensor(layer_name(self.header.layers[layer])), marked)
 
     def info(self) -> StoreInfo:
         """Return what the store holds."""
         table = self.table
-        settings = Counter(table.column("setting").to_pylist()) if "setting" in table.column_names else {}
+        text = "setting" in table.column_names and pa.types.is_string(table.schema.field("setting").type)
+        settings = Counter(table.column("setting").to_pylist()) if text else {}
         return StoreInfo(
             path=self.path,
             format=VERSION,

@@ -13,12 +13,30 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gapprobe.errors import StoreError
 from gapprobe.files import sync_folder
 from gapprobe.store import disk
 from gapprobe.store.arena import Arena
-from gapprobe.store.format import MANIFEST_FILE, ROWS, SHARDS, ShardRecord, StoreHeader, rows_name, shard_name
+from gapprobe.store.format import (
+    LOCK_FILE,
+    MANIFEST_FILE,
+    MAX_SHARD_NUMBER,
+    ROWS,
+    SHARDS,
+    ShardRecord,
+    StoreHeader,
+    rows_name,
+    shard_name,
+)
 from gapprobe.store.manifest import read_manifest
 from gapprobe.store.packing import write_shard
+
+
+def refuse_links(store: Path) -> None:
+    """Raise StoreError where writing would leave the folder of the store. Links to single shards are only read."""
+    for name in (MANIFEST_FILE, LOCK_FILE, SHARDS, ROWS):
+        if (store / name).is_symlink():
+            raise StoreError(f"{store}: {name} is a symbolic link; nothing is written through it. Copy the store.")
 
 
 @contextmanager
@@ -50,6 +68,8 @@ def publish(store: Path, shard: Path, rows: Path, taken: Collection[int]) -> int
     """Give both files the next number after those taken. Linking is what makes a number ours, lock or no lock."""
     number = max(taken, default=-1) + 1
     while True:
+        if number > MAX_SHARD_NUMBER:
+            raise StoreError(f"{store} has no number left for another shard")
         if disk.publish(shard, store / shard_name(number)):
             try:
                 if disk.publish(rows, store / rows_name(number)):

@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gapprobe.errors import StoreError
+from gapprobe.store import disk
 from gapprobe.store.format import (
     BLOCK,
     CHECKSUMS_TENSOR,
     MAX_JSON_BYTES,
+    MAX_SIZE,
     ROWS_TENSOR,
     ShardRecord,
     ShardSize,
@@ -40,6 +42,7 @@ TOKEN_TENSORS = ("token_ids", "token_positions", "token_roles", "token_marks")
 PIECE = 8 << 20
 # Reading over a gap this small is cheaper than a read for each side of it: the disk gives whole pages.
 _GAP = 4 << 10
+_MAX_AXES = 16
 CODES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64, "U8": torch.uint8}
 # Tensors that a later version or another program added may have types that we never read; their sizes still count.
 BYTES = {
@@ -226,7 +229,7 @@ class _opened:
 
     def __enter__(self) -> int:
         try:
-            self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = disk.open_regular(self.path)
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read: {error.strerror}. Run `gapprobe store verify`.") from error
         return self.descriptor
@@ -301,6 +304,9 @@ def open_shard(path: Path, header: StoreHeader, record: ShardRecord | None = Non
     claimed = ShardSize(lengths[0] - 1, lengths[1], lengths[2])
     wanted = claimed if record is None else ShardSize(record.rows, record.tokens, record.rows_bytes)
     must, may = layout(header, wanted)
+    moments = [name for name in may if name.startswith("moments.")]
+    if any(name in tensors for name in moments):
+        must |= {name: may[name] for name in moments}
     must[CHECKSUMS_TENSOR] = ("U8", (-(-_checksummed(tensors, 8 + length) // BLOCK), 8))
     for name, entry in (must | {name: entry for name, entry in may.items() if name in tensors}).items():
         if tensors.get(name, ())[:2] != entry:
@@ -324,7 +330,8 @@ def _check_entries(
         fields = cast(dict[str, object], entry) if isinstance(entry, dict) else {}
         code, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
         numbers = (*shape, *span) if isinstance(shape, list) and isinstance(span, list) and len(span) == 2 else (-1,)
-        if not isinstance(code, str) or code not in BYTES or not all(type(n) is int and n >= 0 for n in numbers):
+        sound = len(numbers) <= _MAX_AXES and all(type(n) is int and 0 <= n < MAX_SIZE for n in numbers)
+        if not isinstance(code, str) or code not in BYTES or not sound:
             raise StoreError(f"{path} is damaged: its header describes {name!r:.80} as {entry!r:.200}")
         dims = tuple(cast(list[int], shape))
         first, last = cast(list[int], span)
@@ -349,7 +356,9 @@ def layer_names(header: StoreHeader) -> list[str]:
 def file_xxh128(path: Path) -> str:
     """Return the XXH128 of a file in hex, as `xxh128sum` prints it."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while piece := stream.read(PIECE):
+    with _opened(path) as descriptor:
+        at = 0
+        while piece := os.pread(descriptor, PIECE, at):
             digest.update(piece)
+            at += len(piece)
     return digest.hexdigest()

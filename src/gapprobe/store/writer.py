@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from torch import Tensor
 from gapprobe.errors import OutputError, StoreError
 from gapprobe.files import as_output_error, sync_folder
 from gapprobe.store import disk, sealing
-from gapprobe.store.arena import Arena, token_bytes
+from gapprobe.store.arena import MAX_COLUMN_BYTES, Arena, column_bytes, token_bytes
 from gapprobe.store.format import (
     LOCK_FILE,
     MANIFEST_FILE,
@@ -34,6 +33,7 @@ from gapprobe.store.format import (
     ShardRecord,
     StoredRow,
     StoreHeader,
+    check_id,
     rows_name,
     shard_name,
 )
@@ -58,7 +58,6 @@ _TOKEN_DTYPES = {
     "token_roles": (torch.uint8,),
     "token_marks": (torch.uint8,),
 }
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class StoreWriter:
@@ -131,6 +130,8 @@ class StoreWriter:
             return 0
         batch = list(new.values())
         self._check_columns(batch)
+        if sum(column_bytes(row.columns) for row in batch) > MAX_COLUMN_BYTES:
+            raise StoreError(f"the columns of {len(batch)} rows take more than {MAX_COLUMN_BYTES >> 20} MiB")
         if not self._filling.fits(batch):
             if self._filling.ids:
                 self._hand_over()
@@ -200,7 +201,7 @@ class StoreWriter:
         versions = self.header.versions if record.versions is None else record.versions
         ids = cast(list[str], table.column(ID).to_pylist())
         for id_ in ids:
-            _check_id(id_)
+            check_id(id_)
         with (
             self._failing(f"{record.rows} rows could not be stored"),
             sealing.new_rows_file(self.path, content) as rows_file,
@@ -346,7 +347,7 @@ class StoreWriter:
     def _check(self, row: StoredRow) -> None:
         """Raise StoreError unless the row fits the header."""
         where, header = f"row {row.id!r:.80}", self.header
-        _check_id(row.id)
+        check_id(row.id)
         if row.residual.dtype != header.torch_dtype:
             raise StoreError(f"{where}: its residual is {row.residual.dtype}; convert it to the store's {header.dtype}")
         tokens = len(row.token_ids)
@@ -403,20 +404,8 @@ def _create(path: Path, header: StoreHeader) -> StoreHeader:
                 os.rename(file, path / STORE_FILE)
         sync_folder(path)
     stored = read_header(path)
+    sealing.refuse_links(path)
     for folder in (SHARDS, ROWS):
         (path / folder).mkdir(exist_ok=True)
     sync_folder(path)
     return stored
-
-
-def _check_id(id_: str) -> None:
-    if not id_ or _CONTROL.search(id_) or not _encodable(id_):
-        raise StoreError(f"row {id_!r:.80}: an id is text without control characters")
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
