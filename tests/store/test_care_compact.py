@@ -162,6 +162,7 @@ def test_lines_that_come_in_meanwhile_are_kept(tmp_path, monkeypatch):
 
     def packed(*args):
         # While the new shard is written, the store is not locked.
+        monkeypatch.setattr(sealing, "packed", real)
         write(tmp_path, rows)
         return real(*args)
 

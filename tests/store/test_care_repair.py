@@ -2,6 +2,7 @@ import errno
 import os
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -319,14 +320,14 @@ def test_a_store_of_a_newer_version_is_no_damaged_one(tmp_path):
 
 def test_a_header_that_may_not_be_read_is_not_taken_for_damage(tmp_path, monkeypatch):
     write(tmp_path, some_rows(3))
-    real = type(tmp_path).open
+    real = os.open
 
     def refused(path, *args, **kwargs):
-        if path.name == "store.json":
+        if Path(path).name == "store.json":
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr(type(tmp_path), "open", refused)
+    monkeypatch.setattr(os, "open", refused)
     with pytest.raises(StoreError, match="Permission denied"):
         repair_store(tmp_path, like=tmp_path)
 
