@@ -198,3 +198,17 @@ def _disk(folder: Path) -> dict[str, str | int]:
         if (queue / name).exists():
             described[name] = int((queue / name).read_text())
     return described
+
+
+def can_write_directly(folder: Path) -> bool:
+    """Return whether files of a folder can be written past the page cache."""
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    path = folder / f"probe-{os.getpid()}"
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    finally:
+        path.unlink(missing_ok=True)
+    return True

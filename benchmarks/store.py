@@ -28,9 +28,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks._measure import Cost, can_drop, drop, files_of, machine, timed, versions
+from benchmarks._measure import Cost, can_drop, can_write_directly, drop, files_of, machine, timed, versions
 from benchmarks._render import markdown, picture
-from benchmarks.store_contestants import Contestant, Plain
+from benchmarks.store_contestants import Contestant, Plain, PlainDirect
 from benchmarks.store_data import Data, make_data
 from benchmarks.store_peers import CONTESTANTS
 
@@ -157,12 +157,13 @@ class Benchmark:
         for _ in range(self.runs):
             pick = self._pick()
             for contestant in self._turns():
-                if contestant is not Plain:
+                if contestant.reads and contestant is not Plain:
                     self._open(contestant)
             for reading in READINGS:
                 expected = reading.expected(self.data, pick)
                 for contestant in self._turns():
-                    self._read(contestant, reading, pick, expected)
+                    if contestant.reads:
+                        self._read(contestant, reading, pick, expected)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the results, by operation, then contestant."""
@@ -210,7 +211,7 @@ class Benchmark:
     def _check_all(self, contestant: type[Contestant]) -> None:
         """Compare everything that was written, in portions."""
         reader = contestant(self.folder / contestant.name)
-        if contestant is Plain:
+        if issubclass(contestant, Plain):
             found = ((reader.row(i), row.residual) for i, row in enumerate(self.data.rows))
         else:
             found = ((reader.layer(layer), self.data.layer(layer)) for layer in range(self.data.layers))
@@ -301,7 +302,7 @@ def benchmark(data: Data, folder: Path, runs: int, only: Sequence[str] = ()) -> 
     if unknown:
         sys.exit(f"no contestant {sorted(unknown)[0]!r}; there are {', '.join(c.name for c in CONTESTANTS)}")
     chosen = [each for each in CONTESTANTS if not only or each.name in {*only, Plain.name}]
-    left_out = {each.name: reason for each in chosen if (reason := _missing(each))}
+    left_out = {each.name: reason for each in chosen if (reason := _missing(each, folder))}
     contestants = [each for each in chosen if each.name not in left_out]
     needed, free = int(data.bytes * (len(contestants) + 0.5)), shutil.disk_usage(folder).free
     if needed > free:
@@ -375,12 +376,14 @@ def main(options: Options) -> None:
         print(text)
 
 
-def _missing(contestant: type[Contestant]) -> str:
+def _missing(contestant: type[Contestant], folder: Path) -> str:
     """Return why a contestant cannot run; an empty text when it can."""
     try:
         importlib.import_module(contestant.module)
     except ImportError as error:
         return f"cannot be imported: {error}"
+    if contestant is PlainDirect and not can_write_directly(folder):
+        return "the file system has no direct writing"
     return ""
 
 

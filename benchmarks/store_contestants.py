@@ -6,10 +6,12 @@ Those that need libraries of their own are in `store_peers`. Each is written as 
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
@@ -24,11 +26,12 @@ from torch import Tensor
 from benchmarks._measure import files_of, sync_tree
 from benchmarks.store_data import DTYPE, POSITION, Data, concatenated, offsets_of, row_id
 from gapprobe.store import packing
-from gapprobe.store.format import layer_name
+from gapprobe.store.format import StoredRow, layer_name
 from gapprobe.store.reader import open_store
 from gapprobe.store.writer import StoreWriter
 
 OFFSETS = "offsets.npy"
+Buffer = UInt8[np.ndarray, " b"]
 
 
 class Contestant(ABC):
@@ -41,6 +44,8 @@ class Contestant(ABC):
     """What must be importable."""
     distributions: ClassVar[tuple[str, ...]] = ()
     """Whose versions the results name."""
+    reads: ClassVar[bool] = True
+    """Whether it takes part in more than writing."""
 
     @staticmethod
     @abstractmethod
@@ -146,6 +151,62 @@ class Plain(Contestant):
                 # After the last file the first follows: 50 rows of a small store may be more than the store.
                 self._file, self._at = (self._file + 1) % len(self._files), 0
         return result
+
+
+class PlainDirect(Plain):
+    """The same bytes written past the page cache, from two buffers that are filled and written in turn.
+
+    It only writes: what it leaves on the disk is what `Plain` leaves.
+    """
+
+    name = "plain (direct)"
+    label = "plain sequential write with O_DIRECT"
+    module = "fcntl"
+    reads = False
+    PIECE = 4 << 20
+    PAGE = 4096
+
+    @staticmethod
+    def write(folder: Path, data: Data) -> None:
+        """Write the rows as they lie in memory, in pieces of `PIECE`, and fsync every file."""
+        buffers = [np.frombuffer(mmap.mmap(-1, PlainDirect.PIECE), np.uint8) for _ in range(2)]
+        with ThreadPoolExecutor(1) as pool:
+            for number, rows in enumerate(data.shards()):
+                descriptor = os.open(folder / f"{number:06d}", os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
+                size = sum(row.residual.nbytes for row in rows)
+                os.posix_fallocate(descriptor, 0, size)
+                at, writing = 0, None
+                for buffer, filled in PlainDirect._pieces(rows, buffers):
+                    if writing:
+                        writing.result()
+                    # The last page is written whole, and cut afterwards.
+                    whole = -(-filled // PlainDirect.PAGE) * PlainDirect.PAGE
+                    writing = pool.submit(os.pwrite, descriptor, buffer[:whole], at)
+                    at += filled
+                if writing:
+                    writing.result()
+                os.ftruncate(descriptor, size)
+                os.fsync(descriptor)
+                os.close(descriptor)
+        np.save(folder / OFFSETS, data.offsets)
+        np.save(folder / "shape.npy", [data.layers, data.width])
+        sync_tree(folder)
+
+    @staticmethod
+    def _pieces(rows: Sequence[StoredRow], buffers: list[Buffer]) -> Iterator[tuple[Buffer, int]]:
+        filled = 0
+        for row in rows:
+            left = row.residual.view(-1).view(torch.uint8).numpy()
+            while len(left):
+                count = min(len(left), PlainDirect.PIECE - filled)
+                buffers[0][filled : filled + count] = left[:count]
+                left, filled = left[count:], filled + count
+                if filled == PlainDirect.PIECE:
+                    yield buffers[0], filled
+                    buffers.reverse()
+                    filled = 0
+        if filled:
+            yield buffers[0], filled
 
 
 class Gapprobe(Contestant):

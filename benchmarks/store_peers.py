@@ -20,6 +20,7 @@ from benchmarks.store_contestants import (
     GapprobeWithoutDense,
     Memmap,
     Plain,
+    PlainDirect,
     Safetensors,
     Sqlite,
 )
@@ -242,6 +243,7 @@ class Lance(Contestant):
 
 CONTESTANTS: tuple[type[Contestant], ...] = (
     Plain,
+    PlainDirect,
     Gapprobe,
     GapprobeWithoutDense,
     Safetensors,
