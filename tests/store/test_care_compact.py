@@ -114,6 +114,18 @@ def test_shards_of_other_versions_are_not_joined(tmp_path):
     assert same_rows(tmp_path, rows)
 
 
+def test_fields_of_other_versions_stay_in_the_lines_that_stay(tmp_path):
+    write(tmp_path, some_rows(4), batch=1)
+    records = read_manifest(tmp_path).records
+    lines = [replace(record, later={"later": record.shard, "colour": "blue"}).to_line() for record in records]
+    # Large enough to be left alone, and two that are joined.
+    (tmp_path / "manifest.jsonl").write_bytes(b"".join(lines))
+    compact_store(tmp_path, shard_bytes=4 * token_bytes(HEADER))
+    for record in read_manifest(tmp_path).records:
+        assert record.later == ({"later": record.shard, "colour": "blue"} if record in records else {})
+    assert same_rows(tmp_path, some_rows(4))
+
+
 def test_columns_that_come_and_go_and_widen_read_as_before(tmp_path):
     columns = [{"a": 1}, {"a": 2.5, "b": "x"}, {"b": None}, {"c": [1, 2]}, {}]
     rows = [replace(make_row(str(i), 1), columns=each) for i, each in enumerate(columns)]

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from gapprobe.errors import OutputError, StoreError
-from gapprobe.store.format import ShardRecord
 from gapprobe.store.manifest import read_manifest
 from gapprobe.store.reader import open_store
 from gapprobe.store.repairing import repair_store
@@ -445,7 +444,7 @@ def test_whatever_is_damaged_what_verify_calls_sound_is_kept_and_the_rest_named(
 def test_a_line_with_fields_of_another_version_is_read(tmp_path):
     rows = some_rows(6)
     write(tmp_path, rows)
-    lines = [ShardRecord.to_line(record, {"later": 1}) for record in read_manifest(tmp_path).records]
+    lines = [replace(record, later={"later": 1}).to_line() for record in read_manifest(tmp_path).records]
     (tmp_path / "manifest.jsonl").write_bytes(b"".join(lines))
     assert repair_store(tmp_path).problems == ()
     check(tmp_path, rows, ())

@@ -187,7 +187,7 @@ def test_a_damaged_line_is_told_and_the_other_rows_are_read(tmp_path):
 def test_lines_that_contradict_each_other_are_refused(tmp_path):
     write(tmp_path, some_rows(3))
     with (tmp_path / "manifest.jsonl").open("ab") as manifest:
-        manifest.write(ShardRecord(0, 2, 6, 4096, "a" * 64, 5, "b" * 64).to_line({}))
+        manifest.write(ShardRecord(0, 2, 6, 4096, "a" * 64, 5, "b" * 64).to_line())
     with pytest.raises(StoreError, match="line 2 contradicts"):
         open_store(tmp_path)
 
@@ -255,7 +255,7 @@ def reheader(path, change):
     record = ShardRecord(
         **{k: v for k, v in fields.items() if k != "line_sha256"} | {"shard_bytes": file.stat().st_size}
     )
-    manifest.write_bytes(record.to_line({}))
+    manifest.write_bytes(record.to_line())
 
 
 HUGE = 1 << 62
@@ -356,6 +356,6 @@ def test_opening_reads_no_shard_and_no_table(tmp_path):
     line = ShardRecord(0, 100, 200, 10**8, "a" * 64, 10**4, "b" * 64)
     with (tmp_path / "manifest.jsonl").open("wb") as manifest:
         for number in range(1000):
-            manifest.write(replace(line, shard=number).to_line({}))
+            manifest.write(replace(line, shard=number).to_line())
     (tmp_path / "shards").rename(tmp_path / "elsewhere")
     assert repr(open_store(tmp_path)).endswith("100000 rows, 3 layers, width 6)")

@@ -150,7 +150,7 @@ def test_a_row_stored_twice_is_named(tmp_path):
         (tmp_path / folder / f"000001.{suffix}").write_bytes((tmp_path / folder / f"000000.{suffix}").read_bytes())
     record = ShardRecord.from_line((tmp_path / "manifest.jsonl").read_bytes().rstrip())
     with (tmp_path / "manifest.jsonl").open("ab") as manifest:
-        manifest.write(ShardRecord(**{**record.__dict__, "shard": 1}).to_line({}))
+        manifest.write(ShardRecord(**{**record.__dict__, "shard": 1}).to_line())
     (problem,) = verify_store(tmp_path)
     assert problem.file == "rows/000001.parquet"
     assert len(problem.rows) == 3

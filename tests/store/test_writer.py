@@ -66,6 +66,22 @@ def test_tensors_are_copied_when_they_are_taken(tmp_path):
     assert equal(open_store(tmp_path).row("a"), kept)
 
 
+def test_a_closed_writer_takes_nothing_more(tmp_path):
+    with StoreWriter(tmp_path, HEADER) as writer:
+        writer.append(some_rows(2))
+    with pytest.raises(StoreError, match="closed; open another"):
+        writer.append(some_rows(3))
+    writer.close()
+    assert holds(tmp_path, some_rows(2))
+
+
+def test_a_store_too_large_for_any_memory_is_refused(tmp_path):
+    header = reheaded(layers=tuple(range(10_000)), width=(1 << 24) - 1, dtype="float32")
+    with pytest.raises(OutputError, match="cannot be opened for writing"):
+        StoreWriter(tmp_path / "s", header, shard_bytes=1 << 60)
+    assert not (tmp_path / "s").exists()
+
+
 def test_tensors_that_are_not_contiguous(tmp_path):
     row = make_row("a", 3)
     turned = dataclasses.replace(row, residual=row.residual.transpose(0, 2).contiguous().transpose(0, 2))

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
 from types import MappingProxyType
@@ -214,7 +214,8 @@ class StoredRow:
 class ShardRecord:
     """A line of the manifest: a sealed shard and its table of rows. Checksums are of whole files.
 
-    `versions` are the packages that made the shard, where they are not those of the store's header.
+    `versions` are the packages that made the shard, where they are not those of the store's header; `later` are fields
+    of other versions of the format, which are passed on.
     """
 
     shard: int
@@ -225,19 +226,18 @@ class ShardRecord:
     rows_bytes: int
     rows_sha256: str
     versions: Mapping[str, str] | None = None
+    later: Mapping[str, object] = field(default_factory=dict[str, object], compare=False)
 
     def made_with(self, header: StoreHeader) -> Mapping[str, str]:
         """Return the versions of the packages that made the shard."""
         return header.versions if self.versions is None else self.versions
 
-    def to_line(self, extra: Mapping[str, object] = MappingProxyType({})) -> bytes:
-        """Return the manifest line, ending in a newline, with fields of other versions of the format added."""
+    def to_line(self) -> bytes:
+        """Return the manifest line, ending in a newline."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        if self.versions is None:
-            del fields["versions"]
-        else:
-            fields["versions"] = dict(self.versions)
-        body = json.dumps(fields | dict(extra), separators=(",", ":")).encode()
+        versions, later = fields.pop("versions"), fields.pop("later")
+        fields |= ({} if versions is None else {"versions": dict(versions)}) | dict(later)
+        body = json.dumps(fields, separators=(",", ":")).encode()
         return b'{"line_sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body[1:] + b"\n"
 
     @classmethod
@@ -247,7 +247,7 @@ class ShardRecord:
         body = b"{" + line[head + 2 :]
         if line != b'{"line_sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body[1:]:
             return None
-        fields = parse_json(body, "manifest line")
+        fields, known = parse_json(body, "manifest line"), cls.__dataclass_fields__
         record = cls(
             shard=_field(fields, "shard", int),
             rows=_field(fields, "rows", int),
@@ -257,6 +257,7 @@ class ShardRecord:
             rows_bytes=_field(fields, "rows_bytes", int),
             rows_sha256=_field(fields, "rows_sha256", str),
             versions=_mapping(fields, "versions", str) if "versions" in fields else None,
+            later={name: value for name, value in fields.items() if name == "later" or name not in known},
         )
         sizes = (record.rows, record.tokens, record.shard_bytes, record.rows_bytes)
         sound = 0 <= record.shard <= MAX_SHARD_NUMBER and all(0 <= size < MAX_SIZE for size in sizes)

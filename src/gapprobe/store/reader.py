@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from gapprobe.store.format import (
 )
 from gapprobe.store.gather import Part, position_jobs, run_jobs, token_jobs, token_offsets
 from gapprobe.store.manifest import Manifest, read_header, read_manifest
+from gapprobe.store.memory import fresh
 from gapprobe.store.moments import Moments, combine, moments
 from gapprobe.store.shard import TOKEN_TENSORS, Shard, open_shard
 from gapprobe.store.table import ID, join_tables, plain_rows, read_table, shard_row
@@ -183,7 +184,7 @@ class Store:
             job = jobs[0]
             return job.shard.flat(job.names[0], int(job.lines[0]), int(job.lines[-1]) + 1)
         total = sum(len(job.lines) for job in jobs)
-        result = torch.empty(1, total, self.header.width, dtype=self.header.torch_dtype)
+        result = fresh((1, total, self.header.width), self.header.torch_dtype)
         run_jobs(jobs, result)
         return result[0]
 
@@ -204,13 +205,11 @@ class Store:
         parts = self._parts(rows)
         jobs = token_jobs(parts, [layer_name(layer) for layer in chosen])
         total = sum(len(job.lines) for job in jobs)
-        residual = torch.empty(len(chosen), total, self.header.width, dtype=self.header.torch_dtype)
+        residual = fresh((len(chosen), total, self.header.width), self.header.torch_dtype)
         run_jobs(jobs, residual)
         numbers, codes = torch.empty(2, total, dtype=torch.int64), torch.empty(2, total, dtype=torch.uint8)
-        for job in jobs:
-            for target, name in zip((*numbers, *codes), TOKEN_TENSORS, strict=True):
-                values = job.shard.marks if name == "token_marks" else job.shard.read(name).numpy()
-                target.numpy()[job.places] = values[job.lines]
+        for out, kinds in ((numbers, TOKEN_TENSORS[:2]), (codes, TOKEN_TENSORS[2:])):
+            run_jobs([replace(job, names=kinds) for job in jobs], out[..., None])
         return TokenBatch(
             self.ids if rows is None else tuple(rows),
             chosen,

@@ -158,7 +158,7 @@ class Shard:
         scratch = np.empty(
             (max((count for _, _, straight, count in spans if not straight), default=0), stride), np.uint8
         )
-        asked = len(spans) * len(names) == 1
+        asked = False
         with _opened(self.path) as descriptor:
             for k, name in enumerate(names):
                 begin = self.tensors[name][2]

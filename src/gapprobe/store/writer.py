@@ -88,13 +88,14 @@ class StoreWriter:
         self._schema = pa.schema([(ID, pa.string())])
         self._types: dict[str, set[pa.DataType]] = {}
         self._capacity = max(1, shard_bytes // token_bytes(header))
-        self._filling = Arena(header, self._capacity)
         self._full: tuple[Arena, Mapping[str, Tensor]] | None = None
         self._spare: Arena | None = None
         self._taken: set[str] = set()
         self._thread = ThreadPoolExecutor(1, "gapprobe-store")
         self._sealing: Future[None] | None = None
+        self._closed = False
         with self._failing("the store cannot be opened for writing"):
+            self._filling = Arena(header, self._capacity)
             stored = _create(self.path, header)
             stored.refuse_difference(header, str(self.path))
             self._stored_versions = stored.versions
@@ -121,6 +122,8 @@ class StoreWriter:
             StoreError: a row does not fit the header, or a column changes its type.
             OutputError: an earlier shard could not be written. Its rows are still in hand; this batch was not taken.
         """
+        if self._closed:
+            raise StoreError(f"{self.path}: this writer is closed; open another one")
         new: dict[str, StoredRow] = {}
         for row in rows:
             self._check(row)
@@ -162,8 +165,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Seal the rows in hand. Nothing else is held open."""
-        self.flush()
-        self._thread.shutdown()
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -174,6 +176,7 @@ class StoreWriter:
             if not isinstance(error, OutputError):
                 self.flush()
         finally:
+            self._closed = True
             self._thread.shutdown()
 
     def adopt(self, file: Path, record: ShardRecord) -> int:
