@@ -13,7 +13,9 @@ import torch
 
 from gapprobe.errors import OutputError, StoreError
 from gapprobe.store import disk
+from gapprobe.store import writer as writer_module
 from gapprobe.store.reader import open_store
+from gapprobe.store.repairing import repair_store
 from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
 from tests.store.rows import HEADER, equal, holds, make_row, reheaded, some_rows, write
@@ -368,6 +370,38 @@ def test_a_torn_last_line_is_ignored_and_written_over(tmp_path):
     write(tmp_path, rows)
     assert holds(tmp_path, rows)
     assert len(manifest.read_bytes().splitlines()) == 3
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda shard: shard.write_bytes(shard.read_bytes()[:5000])])
+def test_the_last_copy_of_rows_is_not_cleared_away(tmp_path, lose):
+    write(tmp_path, some_rows(6))
+    shards, tables = tmp_path / "shards", tmp_path / "rows"
+    for folder, suffix in ((shards, "safetensors"), (tables, "parquet")):
+        (folder / f"000007.{suffix}").write_bytes((folder / f"000000.{suffix}").read_bytes())
+    # The manifest still names it, and its table of rows is there.
+    lose(shards / "000000.safetensors")
+    StoreWriter(tmp_path, HEADER).close()
+    assert (shards / "000007.safetensors").exists()
+    repair_store(tmp_path, progress=False)
+    assert holds(tmp_path, some_rows(6))
+
+
+def test_sealing_reads_the_manifest_only_when_somebody_else_has_changed_it(tmp_path, monkeypatch):
+    reads, real = [], writer_module.read_manifest
+    monkeypatch.setattr(writer_module, "read_manifest", lambda path: reads.append(path) or real(path))
+    with StoreWriter(tmp_path, HEADER) as writer:
+        opened = len(reads)
+        for row in some_rows(5):
+            writer.append([row])
+            writer.flush()
+        assert len(reads) == opened
+        write(tmp_path, some_rows(7)[5:])
+        before = len(reads)
+        writer.append([some_rows(8)[7]])
+        writer.flush()
+        assert len(reads) == before + 1
+        assert writer.ids == {row.id for row in some_rows(8)}
+    assert holds(tmp_path, some_rows(8))
 
 
 def test_a_lost_manifest_comes_back_from_the_files(tmp_path):
