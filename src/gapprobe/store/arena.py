@@ -26,9 +26,10 @@ def token_bytes(header: StoreHeader) -> int:
     return len(header.layers) * header.width * header.torch_dtype.itemsize + 18
 
 
-def column_bytes(columns: Sequence[Mapping[str, Value]]) -> int:
-    """Return about how much memory the columns of some rows take as a table, rather more than less."""
-    return _cell_bytes(len(columns), set[str]().union(*columns)) + sum(map(_content_bytes, columns))
+def table_bytes(rows: Sequence[StoredRow]) -> int:
+    """Return about how much memory the table of some rows takes, rather more than less."""
+    names = set[str]().union(*(row.columns for row in rows))
+    return _cell_bytes(len(rows), names) + sum(_content_bytes(row.id, row.columns) for row in rows)
 
 
 def _cell_bytes(rows: int, names: Collection[str]) -> int:
@@ -36,8 +37,8 @@ def _cell_bytes(rows: int, names: Collection[str]) -> int:
     return 8 * rows * len(names)
 
 
-def _content_bytes(columns: Mapping[str, Value]) -> int:
-    return sum(_value_bytes(value) for value in columns.values() if isinstance(value, str | list))
+def _content_bytes(id_: str, columns: Mapping[str, Value]) -> int:
+    return _value_bytes(id_) + sum(_value_bytes(value) for value in columns.values() if isinstance(value, str | list))
 
 
 def _value_bytes(value: Sequence[object]) -> int:
@@ -74,7 +75,7 @@ class Arena:
     def fits(self, rows: Sequence[StoredRow]) -> bool:
         """Return whether these rows, together, have room."""
         count, names = len(self.ids) + len(rows), self._names.union(*(row.columns for row in rows))
-        content = self._content_bytes + sum(_content_bytes(row.columns) for row in rows)
+        content = self._content_bytes + sum(_content_bytes(row.id, row.columns) for row in rows)
         return (
             self.tokens + sum(len(row.token_ids) for row in rows) <= self.capacity
             and count <= MAX_ROWS
@@ -98,8 +99,7 @@ class Arena:
         self._codes[0, here].copy_(row.token_roles)
         self._codes[1, here].copy_(row.token_marks)
         self.tokens = here.stop
-        self.ids.append(row.id)
-        self._add_columns(dict(row.columns))
+        self._add_line(row.id, dict(row.columns))
         self._ends.append(self.tokens)
 
     def claim(self, ids: Sequence[str], lengths: Sequence[int]) -> slice:
@@ -123,14 +123,14 @@ class Arena:
                 # Rows only move towards the front, but may overlap where they were.
                 tensor[:, here] = tensor[:, ends[i] : ends[i + 1]].clone()
             self.tokens = here.stop
-            self.ids.append(names[i])
-            self._add_columns(columns[i])
+            self._add_line(names[i], columns[i])
             self._ends.append(self.tokens)
 
-    def _add_columns(self, columns: Mapping[str, Value]) -> None:
+    def _add_line(self, id_: str, columns: Mapping[str, Value]) -> None:
+        self.ids.append(id_)
         self.columns.append(columns)
         self._names.update(columns)
-        self._content_bytes += _content_bytes(columns)
+        self._content_bytes += _content_bytes(id_, columns)
 
     @property
     def offsets(self) -> Int64[Tensor, " n_1"]:
