@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from gapprobe.errors import OutputError, StoreError
-from gapprobe.store import compacting, sealing
+from gapprobe.store import compacting, sealing, table
 from gapprobe.store.arena import token_bytes
 from gapprobe.store.clearing import collect_garbage
 from gapprobe.store.compacting import compact_store
@@ -248,4 +248,12 @@ def test_a_live_writer_goes_on_after_a_compaction(tmp_path):
         compact_store(tmp_path)
         collect_garbage(tmp_path)
         assert writer.append(rows) == 3
+    assert holds(tmp_path, rows)
+
+
+def test_shards_whose_tables_would_be_too_large_together_stay_apart(tmp_path, monkeypatch):
+    rows = [replace(make_row(str(i), 1), columns={"x": f"{i:0100000}"}) for i in range(4)]
+    write(tmp_path, rows, batch=2)
+    monkeypatch.setattr(table, "MAX_TABLE_BYTES", 1 << 19)
+    assert compact_store(tmp_path, progress=False).after == 2
     assert holds(tmp_path, rows)

@@ -1,10 +1,13 @@
 """Damaged and hostile stores: the right rows or a StoreError, soon, in little memory. `make soak` tries for longer."""
 
+import hashlib
 import io
 import multiprocessing
 import os
 import random
+import signal
 import struct
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from gapprobe.errors import OutputError, StoreError
+from gapprobe.store import table as tables
+from gapprobe.store.clearing import collect_garbage
 from gapprobe.store.compacting import compact_store
 from gapprobe.store.format import ShardRecord
 from gapprobe.store.reader import open_store
@@ -78,6 +83,20 @@ def built(case: Case, tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@contextmanager
+def time_limit(seconds):
+    def late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 NAMES = ["store.json", "manifest.jsonl", shard_file(0), rows_file(0)]
 
 
@@ -96,10 +115,16 @@ def test_a_manifest_without_end_is_refused_at_once(case, tmp_path):
         open_store(built(case, tmp_path))
 
 
-@pytest.mark.parametrize("name", ["manifest.jsonl", "lock", "shards", "rows"])
-@pytest.mark.parametrize("change", [lambda s: StoreWriter(s, HEADER), repair_store, compact_store])
+@pytest.mark.parametrize("name", ["manifest.jsonl", "lock", "shards", "rows", "damaged"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: StoreWriter(s, HEADER), repair_store, compact_store, lambda s: collect_garbage(s, damaged=True)],
+    ids=["write", "repair", "compact", "gc"],
+)
 def test_nothing_is_written_through_links(tmp_path, name, change):
     write(tmp_path / "store", some_rows(3))
+    (tmp_path / "store" / "damaged").mkdir()
+    (tmp_path / "store" / "damaged" / "000000.parquet").write_bytes(b"mine")
     os.rename(tmp_path / "store" / name, tmp_path / "elsewhere")
     (tmp_path / "store" / name).symlink_to(tmp_path / "elsewhere")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
@@ -115,6 +140,60 @@ def test_a_store_of_links_to_files_elsewhere_can_be_read(tmp_path):
         os.rename(file, tmp_path / f"blob {number}")
         file.symlink_to(tmp_path / f"blob {number}")
     assert holds(tmp_path / "store", some_rows(6))
+
+
+@pytest.mark.parametrize("target", [None, "/dev/zero"], ids=["pipe", "zeros"])
+def test_what_stands_for_the_table_of_a_published_shard_is_not_waited_for(tmp_path, target):
+    write(tmp_path, some_rows(6))
+    lines = (tmp_path / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "manifest.jsonl").write_bytes(lines[0])
+    table = tmp_path / "rows" / "000001.parquet"
+    table.unlink()
+    table.symlink_to(target) if target else os.mkfifo(table)
+    with time_limit(5):
+        write(tmp_path, some_rows(6))
+    assert holds(tmp_path, some_rows(6))
+
+
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, os.mkfifo, lambda p: p.symlink_to("/dev/zero")], ids=["folder", "pipe", "link"]
+)
+def test_what_has_the_name_of_a_temporary_but_is_no_file_stays(tmp_path, make):
+    write(tmp_path, some_rows(3))
+    make(tmp_path / "shards" / ".tmp-1")
+    write(tmp_path, some_rows(6))
+    collect_garbage(tmp_path)
+    assert holds(tmp_path, some_rows(6))
+    assert os.path.lexists(tmp_path / "shards" / ".tmp-1")
+
+
+@pytest.mark.parametrize(
+    "table", [None, {"x": [1]}, {"id": [1, 2]}, {"id": ["\x1b[2J"]}], ids=["no parquet", "no ids", "numbers", "control"]
+)
+def test_a_repair_names_no_rows_of_a_table_that_is_none(tmp_path, table):
+    write(tmp_path, some_rows(6))
+    content = b"no table" if table is None else encoded(pa.table(table), random.Random(0))
+    (tmp_path / "rows" / "000001.parquet").write_bytes(content)
+    (tmp_path / "shards" / "000001.safetensors").unlink()
+    lines = (tmp_path / "manifest.jsonl").read_bytes().splitlines(keepends=True)
+    # What is left of a damaged line vouches for the table.
+    (tmp_path / "manifest.jsonl").write_bytes(lines[0] + hashlib.sha256(content).hexdigest().encode() + b"\n")
+    done = repair_store(tmp_path, progress=False)
+    assert done.unread == 1
+    assert done.lost == ()
+    assert holds(tmp_path, some_rows(3))
+
+
+def test_no_message_shows_control_characters_of_the_header(tmp_path):
+    header = reheaded(positions=("\x1b[2J",), model={"\x1b[3J": "\x9b"}, generation={"\r": 1})
+    StoreWriter(tmp_path, header).close()
+    store = open_store(tmp_path)
+    with pytest.raises(StoreError) as nowhere:
+        store.layer(0, "nowhere")
+    with pytest.raises(StoreError) as other:
+        StoreWriter(tmp_path, HEADER)
+    for text in (str(nowhere.value), str(other.value), *str(store.info()).splitlines()):
+        assert text.isprintable()
 
 
 @pytest.mark.parametrize("field", ["rows", "tokens", "shard_bytes", "rows_bytes"])
@@ -247,14 +326,27 @@ BOMBS = {
         {"id": ["a"], "x": pa.array([np.zeros(3 * 10**7, np.int8)], pa.list_(pa.int8()))}
     ),
     "one text": lambda: pa.table({"id": ["a"], "x": ["x" * 10**8]}),
+    "the same text in each column": lambda: pa.table(
+        {"id": [str(i) for i in range(1400)], **dict.fromkeys(map(str, range(100)), _repeated(1400, "x" * 11_000))}
+    ),
+    "a row of the same text": lambda: pa.table(
+        {"id": ["a"], "x": pa.ListArray.from_arrays([0, 100_000], _repeated(100_000, "x" * 1000).dictionary_decode())}
+    ),
+    "the same bytes in each row": lambda: pa.table(
+        {"id": [str(i) for i in range(1000)], "x": pa.array([b"x" * 100_000] * 1000, pa.binary(100_000))}
+    ),
 }
+
+
+def _repeated(times: int, text: str) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int32)), [text])
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux")
 @pytest.mark.parametrize("name", BOMBS)
 def test_tables_that_unpack_to_much_more_than_they_are_are_refused(case, tmp_path, name):
     table, sink = BOMBS[name](), io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", use_dictionary="list" not in name, store_schema=False)
+    pq.write_table(table, sink, compression="zstd", use_dictionary="a list" not in name, store_schema=False)
     content = sink.getvalue()
     assert len(content) < 2_000_000
     set_table(case, 0, content, rows=len(table))
@@ -264,3 +356,34 @@ def test_tables_that_unpack_to_much_more_than_they_are_are_refused(case, tmp_pat
     child.start()
     child.join()
     assert child.exitcode == 0
+
+
+def test_a_table_that_says_less_of_itself_than_it_holds_is_refused(monkeypatch):
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": ["a"], "x": ["x" * 10**7]}), sink, use_dictionary=False, compression="zstd")
+    content = sink.getvalue()
+    size = pq.ParquetFile(sink).metadata.row_group(0).column(1).total_uncompressed_size
+    # Thrift has them as zigzag varints; padded, the smaller one takes as many bytes.
+    true, false = _varint(size), bytes([0xC8, 0x81, 0x80, 0x00])
+    assert (content.count(true), len(true)) == (1, len(false))
+    content = content.replace(true, false)
+    assert pq.ParquetFile(pa.BufferReader(content)).metadata.row_group(0).column(1).total_uncompressed_size == 100
+    monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 1 << 20)
+    with pytest.raises(StoreError, match="unpack to more than 1 MiB"):
+        tables.decode_table(content, Path("rows"), 1)
+
+
+def _varint(number: int) -> bytes:
+    number, coded = number << 1, bytearray()
+    while number > 127:
+        coded.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*coded, number])
+
+
+def test_texts_that_differ_are_no_bomb(monkeypatch):
+    table = pa.table({"id": [str(i) for i in range(4000)], "x": [f"{i:01000}" for i in range(4000)]})
+    monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 16 << 20)
+    assert tables.decode_table(tables.encode_table(table), Path("rows"), 4000).equals(table)
+    with pytest.raises(StoreError, match="keep less"):
+        tables.encode_table(table.append_column("y", table["x"]).append_column("z", table["x"]))

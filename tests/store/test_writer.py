@@ -1,6 +1,8 @@
 import dataclasses
+import datetime
 import errno
 import fcntl
+import inspect
 import multiprocessing
 import os
 import subprocess
@@ -12,10 +14,11 @@ import pytest
 import torch
 
 from gapprobe.errors import OutputError, StoreError
-from gapprobe.store import disk
+from gapprobe.store import arena, disk, table
 from gapprobe.store import writer as writer_module
 from gapprobe.store.reader import open_store
 from gapprobe.store.repairing import repair_store
+from gapprobe.store.table import build_table, read_table, row_schema
 from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
 from tests.store.rows import HEADER, equal, holds, make_row, reheaded, some_rows, write
@@ -545,3 +548,27 @@ def memory(name):
     """A line of /proc/self/status, in bytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) << 10
+
+
+@pytest.mark.parametrize("value", [b"x", {"a": 1}, [b"x"], datetime.date(2020, 1, 1)])
+def test_a_column_that_could_not_be_read_back_is_refused(value):
+    # Past the check of types, which only tests have.
+    with pytest.raises(StoreError, match="column 'x' cannot be stored"):
+        inspect.unwrap(row_schema)({"x": value})
+
+
+def test_lists_with_gaps_widen_to_floats_too():
+    widened = inspect.unwrap(build_table)(["a", "b"], [{"x": [2**60 + 1, None]}, {"x": [0.5]}])
+    assert widened["x"].to_pylist() == [[float(2**60), None], [0.5]]
+
+
+def test_rows_with_columns_of_their_own_begin_another_shard_before_their_table_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(arena, "MAX_COLUMN_BYTES", 1 << 20)
+    monkeypatch.setattr(table, "MAX_TABLE_BYTES", 4 << 20)
+    rows = [dataclasses.replace(make_row(str(i), 0), columns={f"c{i}": i}) for i in range(1000)]
+    write(tmp_path, rows, batch=10, shard_bytes=1 << 20)
+    store = open_store(tmp_path)
+    assert store.ids == tuple(row.id for row in rows)
+    assert len(store.records) > 1
+    for shard in store.records:
+        assert read_table(tmp_path, HEADER, shard).num_columns * shard.rows * 8 <= 1 << 20

@@ -26,9 +26,24 @@ def token_bytes(header: StoreHeader) -> int:
     return len(header.layers) * header.width * header.torch_dtype.itemsize + 18
 
 
-def column_bytes(columns: Mapping[str, Value]) -> int:
-    """Return about how much memory a row's columns take, rather more than less."""
-    return sum(8 * len(value) if isinstance(value, str | list) else 8 for value in columns.values())
+def table_bytes(rows: Sequence[StoredRow]) -> int:
+    """Return about how much memory the table of some rows takes, rather more than less."""
+    names = set[str]().union(*(row.columns for row in rows))
+    return _cell_bytes(len(rows), names) + sum(_content_bytes(row.id, row.columns) for row in rows)
+
+
+def _cell_bytes(rows: int, names: Collection[str]) -> int:
+    # In a table, each row has a cell in each column, also in those that only others have.
+    return 8 * rows * len(names)
+
+
+def _content_bytes(id_: str, columns: Mapping[str, Value]) -> int:
+    return _value_bytes(id_) + sum(_value_bytes(value) for value in columns.values() if isinstance(value, str | list))
+
+
+def _value_bytes(value: Sequence[object]) -> int:
+    inner = () if isinstance(value, str) else (item for item in value if isinstance(item, str | list))
+    return 8 * len(value) + sum(map(_value_bytes, inner))
 
 
 class Arena:
@@ -36,7 +51,6 @@ class Arena:
 
     Attributes:
         ids, columns: of the rows, in their order.
-        column_bytes: about how much memory the columns take.
         tokens: how many are taken.
     """
 
@@ -53,16 +67,19 @@ class Arena:
         """Forget all rows; the memory stays."""
         self.ids: list[str] = []
         self.columns: list[Mapping[str, Value]] = []
-        self.column_bytes = 0
+        self._names: set[str] = set()
+        self._content_bytes = 0
         self.tokens = 0
         self._ends = [0]
 
     def fits(self, rows: Sequence[StoredRow]) -> bool:
         """Return whether these rows, together, have room."""
+        count, names = len(self.ids) + len(rows), self._names.union(*(row.columns for row in rows))
+        content = self._content_bytes + sum(_content_bytes(row.id, row.columns) for row in rows)
         return (
             self.tokens + sum(len(row.token_ids) for row in rows) <= self.capacity
-            and len(self.ids) + len(rows) <= MAX_ROWS
-            and self.column_bytes + sum(column_bytes(row.columns) for row in rows) <= MAX_COLUMN_BYTES
+            and count <= MAX_ROWS
+            and _cell_bytes(count, names) + content <= MAX_COLUMN_BYTES
         )
 
     @property
@@ -82,9 +99,7 @@ class Arena:
         self._codes[0, here].copy_(row.token_roles)
         self._codes[1, here].copy_(row.token_marks)
         self.tokens = here.stop
-        self.ids.append(row.id)
-        self.columns.append(dict(row.columns))
-        self.column_bytes += column_bytes(row.columns)
+        self._add_line(row.id, dict(row.columns))
         self._ends.append(self.tokens)
 
     def claim(self, ids: Sequence[str], lengths: Sequence[int]) -> slice:
@@ -108,10 +123,14 @@ class Arena:
                 # Rows only move towards the front, but may overlap where they were.
                 tensor[:, here] = tensor[:, ends[i] : ends[i + 1]].clone()
             self.tokens = here.stop
-            self.ids.append(names[i])
-            self.columns.append(columns[i])
-            self.column_bytes += column_bytes(columns[i])
+            self._add_line(names[i], columns[i])
             self._ends.append(self.tokens)
+
+    def _add_line(self, id_: str, columns: Mapping[str, Value]) -> None:
+        self.ids.append(id_)
+        self.columns.append(columns)
+        self._names.update(columns)
+        self._content_bytes += _content_bytes(id_, columns)
 
     @property
     def offsets(self) -> Int64[Tensor, " n_1"]:

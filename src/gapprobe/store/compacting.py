@@ -109,7 +109,7 @@ def _groups(header: StoreHeader, records: Sequence[ShardRecord], capacity: int) 
 
 
 def _join(path: Path, header: StoreHeader, group: Sequence[ShardRecord], arena: Arena) -> bool:
-    """Make one shard of several; return False when something else has replaced one of them meanwhile."""
+    """Make one shard of several; return False when it would be too large, or one has been replaced meanwhile."""
     arena.clear()
     tables: list[pa.Table] = []
     for record in group:
@@ -123,7 +123,11 @@ def _join(path: Path, header: StoreHeader, group: Sequence[ShardRecord], arena: 
             tables.append(decode_table(found.table, path / rows_name(record.shard), record.rows))
     if len(set(arena.ids)) < len(arena.ids):
         raise StoreError(f"{path} holds a row twice. {_mend(path)}")
-    table = encode_table(join_tables(tables))
+    joined = join_tables(tables)
+    try:
+        table = encode_table(joined)
+    except StoreError:
+        return False
     with (
         as_output_error(f"{path}: it cannot be compacted", lambda: "All rows are where they were."),
         sealing.packed(path, header, arena, derive(header, arena), table, group[0].versions) as (shard, rows, new),

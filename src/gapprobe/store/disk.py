@@ -59,6 +59,9 @@ def clear_temporaries(folder: Path, dry_run: bool = False) -> dict[Path, int]:
     """Take away the temporaries of writers that died; return which, and their bytes."""
     found: dict[Path, int] = {}
     for path in folder.glob(f"{TEMPORARY}*"):
+        # What is no file is none of ours.
+        if path.is_symlink() or not path.is_file():
+            continue
         with suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:

@@ -28,6 +28,7 @@ MANIFEST_FILE = "manifest.jsonl"
 LOCK_FILE = "lock"
 SHARDS = "shards"
 ROWS = "rows"
+DAMAGED = "damaged"
 SHARD_SUFFIX = ".safetensors"
 ROWS_SUFFIX = ".parquet"
 ROWS_TENSOR = "rows_parquet"
@@ -132,7 +133,9 @@ class StoreHeader:
     def position_index(self, position: str, where: object) -> int:
         """Return which of `positions` a position is; raise StoreError, naming the store, if it is none of them."""
         if position not in self.positions:
-            raise StoreError(f"{where} has no position {position!r}; it has {', '.join(self.positions) or 'none'}")
+            raise StoreError(
+                f"{where} has no position {position!r}; it has {shown(', '.join(self.positions)) or 'none'}"
+            )
         return self.positions.index(position)
 
     def to_json(self) -> bytes:
@@ -177,7 +180,7 @@ class StoreHeader:
         """Tell in which fields of `compared` two headers differ, and what this one has here and the other there."""
         mine, theirs = self.compared, other.compared
         names = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-        return "; ".join(f"{n} is {mine.get(n)!r:.400} {here} and {theirs.get(n)!r:.400} {there}" for n in names)
+        return "; ".join(f"{shown(n)} is {mine.get(n)!r:.400} {here} and {theirs.get(n)!r:.400} {there}" for n in names)
 
     def refuse_difference(self, other: StoreHeader, where: str) -> None:
         """Raise StoreError naming the fields in which `other`, a run about to append, is not this store's header."""
@@ -263,6 +266,11 @@ class ShardRecord:
         sound = 0 <= record.shard <= MAX_SHARD_NUMBER and all(0 <= size < MAX_SIZE for size in sizes)
         _require(sound, "manifest line with a number out of range")
         return record
+
+
+def shown(text: str) -> str:
+    """Return text out of a file with its control characters escaped: a terminal would obey them."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def check_id(id_: str) -> None:

@@ -29,6 +29,7 @@ from gapprobe.store.format import (
     StoreHeader,
     layer_name,
     shard_name,
+    shown,
 )
 from gapprobe.store.gather import Part, position_jobs, run_jobs, token_jobs, token_offsets
 from gapprobe.store.manifest import Manifest, read_header, read_manifest
@@ -69,7 +70,7 @@ class StoreInfo:
             "residuals": f"{layers} layers of width {self.width}, {self.dtype}",
             "disk": f"{told_bytes(self.bytes)} in {self.shards:,} shards",
         }
-        return "\n".join(f"{name + ':':<11}{text}" for name, text in lines.items())
+        return "\n".join(f"{name + ':':<11}{shown(text)}" for name, text in lines.items())
 
 
 @dataclass(frozen=True)

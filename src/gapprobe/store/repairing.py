@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gapprobe.errors import StoreError
@@ -27,6 +25,7 @@ from gapprobe.store.arena import Arena
 from gapprobe.store.care import alone, read_small
 from gapprobe.store.examining import Examined, examine, examine_all, examine_published
 from gapprobe.store.format import (
+    DAMAGED,
     FORMAT,
     MANIFEST_FILE,
     MAX_JSON_BYTES,
@@ -49,7 +48,6 @@ from gapprobe.store.table import ID, decode_table, encode_table
 from gapprobe.store.verify import Problem, damaged_lines, problems_of, repeated
 from gapprobe.store.writer import StoreWriter
 
-DAMAGED = "damaged"
 # Evidence in larger files is not worth its time: a manifest of so many bytes has some 200,000 shards.
 _MOST_READ = 64 << 20
 
@@ -298,11 +296,10 @@ class _Run:
 
     def _lose(self, table: bytes | None) -> None:
         """Note all rows of a shard as lost."""
-        if table is None:
+        try:
+            self.lost += decode_table(table or b"", Path(ROWS), None, [ID]).column(ID).to_pylist()
+        except StoreError:
             self.unread += 1
-        else:
-            rows = pq.ParquetFile(pa.BufferReader(table)).read([ID], use_threads=False)
-            self.lost += cast(list[str], rows.column(ID).to_pylist())
 
     def _save(self, header: StoreHeader, found: Examined, versions: Mapping[str, str] | None) -> list[ShardRecord]:
         """Publish the sound rows of a shard, as far as they are not sealed already, as a new one; return its record."""

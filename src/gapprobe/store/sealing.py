@@ -18,6 +18,7 @@ from gapprobe.files import sync_folder
 from gapprobe.store import disk
 from gapprobe.store.arena import Arena
 from gapprobe.store.format import (
+    DAMAGED,
     LOCK_FILE,
     MANIFEST_FILE,
     MAX_SHARD_NUMBER,
@@ -34,7 +35,7 @@ from gapprobe.store.packing import write_shard
 
 def refuse_links(store: Path) -> None:
     """Raise StoreError where writing would leave the folder of the store. Links to single shards are only read."""
-    for name in (MANIFEST_FILE, LOCK_FILE, SHARDS, ROWS):
+    for name in (MANIFEST_FILE, LOCK_FILE, SHARDS, ROWS, DAMAGED):
         if (store / name).is_symlink():
             raise StoreError(f"{store}: {name} is a symbolic link; nothing is written through it. Copy the store.")
 

@@ -13,16 +13,27 @@ from pathlib import Path
 from typing import cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gapprobe.errors import StoreError
 from gapprobe.store import disk
-from gapprobe.store.format import ShardRecord, StoredRow, StoreHeader, Value, check_id, rows_name, shard_name
+from gapprobe.store.format import (
+    ShardRecord,
+    StoredRow,
+    StoreHeader,
+    Value,
+    check_id,
+    rows_name,
+    shard_name,
+    shown,
+)
 from gapprobe.store.shard import TOKEN_TENSORS, Shard, layer_names, open_shard
 
 ID = "id"
 # No honest table comes near it; what it would unpack to is refused before it fills the memory.
 MAX_TABLE_BYTES = 1 << 30
+# What a row's value can be, by itself or in lists.
 _PLAIN = (pa.types.is_string, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 
 
@@ -48,10 +59,12 @@ def build_table(ids: Sequence[str], columns: Sequence[Mapping[str, Value]]) -> p
     return pa.table(arrays)
 
 
-def _as_float(value: Value) -> float | list[float] | None:
+def _as_float(value: object) -> object:
     if isinstance(value, str):
         raise TypeError("a text is no number, even if it looks like one")
-    return [float(x) for x in value] if isinstance(value, list) else None if value is None else float(value)
+    if isinstance(value, list | tuple):
+        return [_as_float(x) for x in value]
+    return None if value is None else float(cast(float, value))
 
 
 def join_tables(tables: Sequence[pa.Table]) -> pa.Table:
@@ -81,7 +94,16 @@ def row_schema(columns: Mapping[str, Value]) -> pa.Schema:
             fields.append((name, pa.scalar(value).type))
         except (ValueError, TypeError, OverflowError) as error:
             raise StoreError(f"column {name!r} cannot be stored: {error}. Give it one type in all rows.") from error
+        if not _is_plain(fields[-1][1]):
+            kinds = "numbers, text, truth values, and lists of them"
+            raise StoreError(f"column {name!r} cannot be stored: it is of type {fields[-1][1]}; rows hold {kinds}")
     return pa.schema(fields)
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    while pa.types.is_list(kind):
+        kind = kind.value_type
+    return any(is_plain(kind) for is_plain in _PLAIN)
 
 
 def merge_schemas(*schemas: pa.Schema) -> pa.Schema:
@@ -93,19 +115,21 @@ def merge_schemas(*schemas: pa.Schema) -> pa.Schema:
     try:
         return pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
-        raise StoreError(f"a column changes its type: {error}. Give each column one type in all rows.") from error
+        raise StoreError(
+            f"a column changes its type: {shown(str(error))}. Give each column one type in all rows."
+        ) from error
 
 
 def encode_table(table: pa.Table) -> bytes:
     """Return the table as a parquet file.
 
     Raises:
-        StoreError: it is larger than any table may be.
+        StoreError: it is larger than any table that `decode_table` reads.
     """
-    if table.nbytes > MAX_TABLE_BYTES:
-        raise StoreError(f"columns of {len(table)} rows take more than {MAX_TABLE_BYTES >> 20} MiB; keep less in them")
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
+    if _claims(pq.ParquetFile(sink))[0] + table.nbytes > MAX_TABLE_BYTES:
+        raise StoreError(f"columns of {len(table)} rows take more than {MAX_TABLE_BYTES >> 20} MiB; keep less in them")
     return sink.getvalue()
 
 
@@ -144,14 +168,15 @@ def _checked(path: Path, record: ShardRecord) -> bytes:
     return content
 
 
-def decode_table(content: bytes, path: Path, rows: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """Parse a parquet file and check that it has `rows` rows with ids of their own."""
+def decode_table(content: bytes, path: Path, rows: int | None, columns: Sequence[str] | None = None) -> pa.Table:
+    """Parse a parquet file and check that it has `rows` rows, or any number for None, with ids of their own."""
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
         # A few bytes can claim any number of rows; what is claimed is cheap to ask for.
+        rows = cast(int, file.metadata.num_rows) if rows is None else rows
         if file.metadata.num_rows != rows:
             raise StoreError(f"{path} is damaged: it has {file.metadata.num_rows} rows, not {rows}")
-        table = _unpack(file, path, columns)
+        table = _unpack(file, content, path, columns)
         if ID not in table.column_names or table.schema.field(ID).type != pa.string():
             raise StoreError(f"{path} is damaged: it has no text column {ID!r}")
         ids = cast(list[str | None], table.column(ID).to_pylist())
@@ -167,27 +192,49 @@ def decode_table(content: bytes, path: Path, rows: int, columns: Sequence[str] |
     return table
 
 
-def _unpack(file: pq.ParquetFile, path: Path, columns: Sequence[str] | None) -> pa.Table:
-    """Read a table, as long as it takes no more memory than any table may: a few bytes can unpack to very many."""
-    metadata = file.metadata
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    chunks = [group.column(i) for group in groups for i in range(metadata.num_columns)]
-    # Bytes when decompressed, and eight for each value; of texts that are stored once and repeated, it is only a part.
-    largest = max((max(chunk.total_uncompressed_size, 8 * chunk.num_values) for chunk in chunks), default=0)
-    if largest > MAX_TABLE_BYTES:
-        raise StoreError(f"{path} is damaged: its columns unpack to more than {MAX_TABLE_BYTES >> 20} MiB")
-    wanted = None if columns is None else list(columns)
+def _unpack(file: pq.ParquetFile, content: bytes, path: Path, columns: Sequence[str] | None) -> pa.Table:
+    """Read a table, unless it takes more memory than any table may: a few bytes can unpack to very many."""
+    refusal = StoreError(f"{path} is damaged: its columns unpack to more than {MAX_TABLE_BYTES >> 20} MiB")
+    size, texts = _claims(file)
+    if size > MAX_TABLE_BYTES:
+        raise refusal
+    if size + sum(texts.values()) > MAX_TABLE_BYTES:
+        # Reading which text is whose takes no more than `size`, and tells how much they are.
+        named = pq.ParquetFile(pa.BufferReader(content), read_dictionary=list(texts)).read(use_threads=False)
+        if size + sum(_text_bytes(chunk) for column in named.columns for chunk in column.chunks) > MAX_TABLE_BYTES:
+            raise refusal
     # A thread of Arrow's that still starts when the process ends aborts it, where torch is loaded (measured: a half of
     # processes that read a table last).
-    if metadata.num_rows * largest <= MAX_TABLE_BYTES:
-        return file.read(columns=wanted, use_threads=False)
-    batches, size = list[pa.RecordBatch](), 0
-    for batch in file.iter_batches(max(1, MAX_TABLE_BYTES // largest), columns=wanted, use_threads=False):
-        batches.append(batch)
-        size += batch.nbytes
-        if size > MAX_TABLE_BYTES:
-            raise StoreError(f"{path} is damaged: its columns unpack to more than {MAX_TABLE_BYTES >> 20} MiB")
-    return pa.Table.from_batches(batches, file.schema_arrow if wanted is None else None)
+    table = file.read(columns=None if columns is None else list(columns), use_threads=False)
+    # What the file says of itself need not be true.
+    if table.nbytes > MAX_TABLE_BYTES:
+        raise refusal
+    return table
+
+
+def _claims(file: pq.ParquetFile) -> tuple[int, dict[str, int]]:
+    """Return the bytes that a table takes with each different text once; and by column of texts, at most for each."""
+    size, texts = 0, dict[str, int]()
+    for i, column in enumerate(file.schema):
+        for group in range(file.metadata.num_row_groups):
+            chunk = file.metadata.row_group(group).column(i)
+            size += max(chunk.total_uncompressed_size, chunk.num_values * max(8, column.length))
+            if column.physical_type == "BYTE_ARRAY":
+                most = chunk.total_uncompressed_size * chunk.num_values
+                texts[column.path] = texts.get(column.path, 0) + most
+    return size, texts
+
+
+def _text_bytes(array: pa.Array) -> int:
+    """Return how much the texts of an array take when each value has its own; the array has each of them once."""
+    if pa.types.is_dictionary(array.type):
+        lengths = pc.call_function("binary_length", [array.dictionary])
+        return pc.call_function("sum", [lengths.take(array.indices)]).as_py() or 0
+    if pa.types.is_map(array.type):
+        return _text_bytes(array.keys) + _text_bytes(array.items)
+    if pa.types.is_struct(array.type):
+        return sum(map(_text_bytes, array.flatten()))
+    return _text_bytes(array.flatten()) if pa.types.is_nested(array.type) else 0
 
 
 def shard_rows(shard: Shard, header: StoreHeader, table: pa.Table) -> Iterator[StoredRow]:
@@ -203,10 +250,7 @@ def plain_rows(table: pa.Table, where: Path) -> list[dict[str, Value]]:
         StoreError: a column is of a type that another program wrote, and no row can have.
     """
     for field in table.schema:
-        kind = field.type
-        while pa.types.is_list(kind):
-            kind = kind.value_type
-        if not any(is_plain(kind) for is_plain in _PLAIN):
+        if not _is_plain(field.type):
             raise StoreError(f"{where}: column {field.name!r:.80} is of type {field.type}, which no row can have")
     return cast(list[dict[str, Value]], table.to_pylist())
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from gapprobe.errors import OutputError, StoreError
 from gapprobe.files import as_output_error, sync_folder
 from gapprobe.store import disk, sealing
-from gapprobe.store.arena import MAX_COLUMN_BYTES, Arena, column_bytes, token_bytes
+from gapprobe.store.arena import MAX_COLUMN_BYTES, Arena, table_bytes, token_bytes
+from gapprobe.store.care import read_small
 from gapprobe.store.format import (
     LOCK_FILE,
     MANIFEST_FILE,
@@ -133,7 +134,7 @@ class StoreWriter:
             return 0
         batch = list(new.values())
         self._check_columns(batch)
-        if sum(column_bytes(row.columns) for row in batch) > MAX_COLUMN_BYTES:
+        if table_bytes(batch) > MAX_COLUMN_BYTES:
             raise StoreError(f"the columns of {len(batch)} rows take more than {MAX_COLUMN_BYTES >> 20} MiB")
         if not self._filling.fits(batch):
             if self._filling.ids:
@@ -336,7 +337,7 @@ class StoreWriter:
         elif self._ids.isdisjoint(ids) and not shard.damaged_blocks() and shard.offsets[-1] == shard.tokens:
             self._learn_schema(table.schema)
             rows = self.path / rows_name(number)
-            if not rows.exists() or rows.read_bytes() != content:
+            if read_small(rows, len(content)) != content:
                 with sealing.new_rows_file(self.path, content) as temporary:
                     os.replace(temporary, rows)
             for folder in (SHARDS, ROWS):
