@@ -71,6 +71,18 @@ def test_tensors_are_copied_when_they_are_taken(tmp_path):
     assert equal(open_store(tmp_path).row("a"), kept)
 
 
+def test_closing_can_be_tried_again(tmp_path, monkeypatch):
+    writer = StoreWriter(tmp_path, HEADER)
+    writer.append(some_rows(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", failing_pwrite)
+        with pytest.raises(OutputError):
+            writer.close()
+    assert writer.append(some_rows(4)) == 1
+    writer.close()
+    assert holds(tmp_path, some_rows(4))
+
+
 def test_a_closed_writer_takes_nothing_more(tmp_path):
     with StoreWriter(tmp_path, HEADER) as writer:
         writer.append(some_rows(2))

@@ -165,8 +165,9 @@ class StoreWriter:
             self._settle()
 
     def close(self) -> None:
-        """Seal the rows in hand. Nothing else is held open."""
-        self.__exit__(None, None, None)
+        """Seal the rows in hand. After an OutputError they are still in hand, and closing again is sound."""
+        self.flush()
+        self._shut()
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -177,8 +178,11 @@ class StoreWriter:
             if not isinstance(error, OutputError):
                 self.flush()
         finally:
-            self._closed = True
-            self._thread.shutdown()
+            self._shut()
+
+    def _shut(self) -> None:
+        self._closed = True
+        self._thread.shutdown()
 
     def adopt(self, file: Path, record: ShardRecord) -> int:
         """Seal a shard that was written elsewhere, with the same header, under a number that is free here.
