@@ -19,6 +19,7 @@ from gapprobe.store.memory import fresh
 MAX_ROWS = 1 << 16
 # Of the columns of a shard's rows, far below what its table may take.
 MAX_COLUMN_BYTES = 256 << 20
+_SIZED = {str, list}
 
 
 def token_bytes(header: StoreHeader) -> int:
@@ -42,8 +43,10 @@ def _content_bytes(id_: str, columns: Mapping[str, Value]) -> int:
 
 
 def _value_bytes(value: Sequence[object]) -> int:
-    inner = () if isinstance(value, str) else (item for item in value if isinstance(item, str | list))
-    return 8 * len(value) + sum(map(_value_bytes, inner))
+    # Lists of numbers may be long, and are told by their types alone.
+    if isinstance(value, str) or _SIZED.isdisjoint(map(type, value)):
+        return 8 * len(value)
+    return 8 * len(value) + sum(_value_bytes(item) for item in value if isinstance(item, str | list))
 
 
 class Arena:

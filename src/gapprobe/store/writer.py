@@ -134,9 +134,9 @@ class StoreWriter:
             return 0
         batch = list(new.values())
         self._check_columns(batch)
-        if table_bytes(batch) > MAX_COLUMN_BYTES:
-            raise StoreError(f"the columns of {len(batch)} rows take more than {MAX_COLUMN_BYTES >> 20} MiB")
         if not self._filling.fits(batch):
+            if table_bytes(batch) > MAX_COLUMN_BYTES:
+                raise StoreError(f"the columns of {len(batch)} rows take more than {MAX_COLUMN_BYTES >> 20} MiB")
             if self._filling.ids:
                 self._hand_over()
             if not self._filling.fits(batch):
