@@ -48,6 +48,11 @@ class Job:
         """Return whether the lines stand in the shard as they are wanted."""
         return bool((np.diff(self.lines) == 1).all() and (np.diff(self.places) == 1).all())
 
+    def ask_for(self) -> None:
+        """Have the disk fetch the lines ahead of their being read, if it can do so in one piece a tensor."""
+        if self.consecutive:
+            self.shard.ask_for(self.names, int(self.lines[0]), int(self.lines[-1]) + 1)
+
     def run(self, out: Shaped[Tensor, "k n d"]) -> None:
         """Read the lines into their places."""
         self.shard.take(self.names, self.lines, out, self.places)
@@ -99,5 +104,12 @@ def run_jobs(jobs: Sequence[Job], out: Shaped[Tensor, "k n d"]) -> None:
         for job in jobs:
             job.run(out)
     else:
+
+        def run(number: int) -> None:
+            # The disk is never without something to fetch, nor does it fetch more than memory may hold.
+            for following in jobs[number + _READERS : number + _READERS + 1]:
+                following.ask_for()
+            jobs[number].run(out)
+
         with ThreadPoolExecutor(_READERS, "gapprobe-read") as pool:
-            list(pool.map(lambda job: job.run(out), jobs))
+            list(pool.map(run, range(len(jobs))))
