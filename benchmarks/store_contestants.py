@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -261,6 +262,18 @@ class GapprobeWithoutDense(Gapprobe):
             Gapprobe.write(folder, data)
         finally:
             packing.DENSE_SHARE = usual
+
+
+class GapprobeOneShard(Gapprobe):
+    """Ours in a single shard, as `gapprobe store compact` can make it: a layer is mapped and not copied."""
+
+    name = "gapprobe (one shard)"
+    label = "gapprobe, one shard"
+
+    @staticmethod
+    def write(folder: Path, data: Data) -> None:
+        """Append as usual; nothing is sealed before the end."""
+        Gapprobe.write(folder, replace(data, shard_bytes=2 * data.bytes))
 
 
 class Safetensors(Contestant):

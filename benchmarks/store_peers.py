@@ -17,6 +17,7 @@ from benchmarks._measure import sync_tree
 from benchmarks.store_contestants import (
     Contestant,
     Gapprobe,
+    GapprobeOneShard,
     GapprobeWithoutDense,
     Memmap,
     Plain,
@@ -246,6 +247,7 @@ CONTESTANTS: tuple[type[Contestant], ...] = (
     PlainDirect,
     Gapprobe,
     GapprobeWithoutDense,
+    GapprobeOneShard,
     Safetensors,
     Hdf5,
     Hdf5Resizable,
