@@ -156,7 +156,7 @@ def misplaced(case: Case, pick: Pick) -> None:
 
 def linked_folder(case: Case, pick: Pick) -> None:
     """A folder of the store is a link to one outside."""
-    name = pick.choice(("shards", "rows"))
+    name = pick.choice(("shards", "rows", "damaged"))
     for file in [file for file in case.files if file.startswith(f"{name}/")]:
         del case.files[file]
     case.files[name] = Link(f"../outside/{pick.choice(OUTSIDE)}")

@@ -111,7 +111,7 @@ def examine_care(path: Path, case: Case) -> list[str]:
         _rows_are_right(ask, path, case, "repair")
     ask.require(done is not None or not case.harmless, "repair: refuses a store that is sound enough")
     compacted = ask.run("compact", lambda: compact_store(path, 1 << 20, progress=False), OutputError)
-    cleared = ask.run("gc", lambda: collect_garbage(path), OutputError)
+    cleared = ask.run("gc", lambda: collect_garbage(path, damaged=True), OutputError)
     if done is not None:
         ask.require(compacted is not None and cleared is not None, "compact or gc: refuses a store that was repaired")
         _rows_are_right(ask, path, case, "compact and gc")

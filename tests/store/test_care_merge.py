@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from gapprobe.errors import OutputError, StoreError
-from gapprobe.store import merging
+from gapprobe.store import arena, merging, writer
+from gapprobe.store.compacting import compact_store
 from gapprobe.store.manifest import read_manifest
 from gapprobe.store.merging import merge_stores
 from gapprobe.store.reader import open_store
@@ -203,3 +204,14 @@ def test_file_systems_without_locks(tmp_path, monkeypatch):
     assert holds(tmp_path / "all", rows)
     assert all(equal(open_store(tmp_path / "a").row(row.id), row) for row in rows)
     assert HEADER.fingerprint == open_store(tmp_path / "all").header.fingerprint
+
+
+def test_a_compacted_shard_of_which_some_rows_are_there_may_be_more_than_a_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(arena, "MAX_COLUMN_BYTES", 1 << 20)
+    monkeypatch.setattr(writer, "MAX_COLUMN_BYTES", 1 << 20)
+    rows = [replace(make_row(str(i), 1), columns={"x": "y" * 50_000}) for i in range(8)]
+    write(tmp_path / "a", rows, batch=1)
+    compact_store(tmp_path / "a", progress=False)
+    write(tmp_path / "b", rows[:1])
+    merge_stores([tmp_path / "a"], tmp_path / "b", progress=False)
+    assert holds(tmp_path / "b", rows)

@@ -89,7 +89,9 @@ def collect_garbage(path: str | Path, dry_run: bool = False, damaged: bool = Fal
             if not dry_run:
                 sealing.remove(path, number)
         if damaged:
-            names = sorted(entry.name for entry in (path / DAMAGED).glob("*") if _DAMAGED_NAME.fullmatch(entry.name))
+            entries = [entry for entry in (path / DAMAGED).glob("*") if _DAMAGED_NAME.fullmatch(entry.name)]
+            # A folder that stood where a file should is not ours to empty.
+            names = sorted(entry.name for entry in entries if entry.is_symlink() or not entry.is_dir())
             files |= _sizes(path, (f"{DAMAGED}/{name}" for name in names))
             for name in () if dry_run else names:
                 (path / DAMAGED / name).unlink()

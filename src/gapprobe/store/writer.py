@@ -223,7 +223,8 @@ class StoreWriter:
                     number = sealing.publish(self.path, file, rows_file, self._numbers)
                     self._record(replace(record, shard=number), versions, locked)
                     self._learn(number, ids)
-        return record.rows if whole else self.append(list(shard_rows(shard, self.header, table)))
+        # One by one: all of a compacted shard may be more than a batch may have.
+        return record.rows if whole else sum(self.append([row]) for row in shard_rows(shard, self.header, table))
 
     @property
     def _idle(self) -> bool:
