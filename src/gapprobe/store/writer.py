@@ -71,7 +71,8 @@ class StoreWriter:
         path: folder of the store.
         header: what the rows have in common; must agree with that of an existing store.
         shard_bytes: a shard is sealed before it grows past this. The writer takes at most twice as much memory, one
-            shard filling and one being written, or twice the largest batch.
+            shard filling and one being written, or twice the largest batch; and 12 MB for what is on its way to the
+            disk.
 
     Raises:
         StoreError: the store belongs to another run, has another format, or is damaged.
