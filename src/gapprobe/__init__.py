@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from gapprobe.selective import risk_coverage as risk_coverage
     from gapprobe.similarity import cosine as cosine
     from gapprobe.store.batches import TokenBatches as TokenBatches
-    from gapprobe.store.clearing import collect_garbage as collect_garbage
-    from gapprobe.store.compacting import compact_store as compact_store
-    from gapprobe.store.exporting import export_store as export_store
-    from gapprobe.store.exporting import to_activation_cache as to_activation_cache
-    from gapprobe.store.exporting import to_dataset as to_dataset
-    from gapprobe.store.importing import import_activations as import_activations
-    from gapprobe.store.merging import merge_stores as merge_stores
-    from gapprobe.store.pulling import pull as pull
-    from gapprobe.store.pushing import push as push
+    from gapprobe.store.care.clearing import collect_garbage as collect_garbage
+    from gapprobe.store.care.compacting import compact_store as compact_store
+    from gapprobe.store.care.merging import merge_stores as merge_stores
+    from gapprobe.store.care.repairing import repair_store as repair_store
+    from gapprobe.store.care.verify import verify_store as verify_store
+    from gapprobe.store.exchange.exporting import export_store as export_store
+    from gapprobe.store.exchange.exporting import to_activation_cache as to_activation_cache
+    from gapprobe.store.exchange.exporting import to_dataset as to_dataset
+    from gapprobe.store.exchange.importing import import_activations as import_activations
     from gapprobe.store.reader import open_store as open_store
-    from gapprobe.store.repairing import repair_store as repair_store
-    from gapprobe.store.verify import verify_store as verify_store
+    from gapprobe.store.remote.pulling import pull as pull
+    from gapprobe.store.remote.pushing import push as push
     from gapprobe.study.config import load_config as load_config
     from gapprobe.study.run import Study as Study
     from gapprobe.study.run import run_studies as run_studies
@@ -64,17 +64,17 @@ _HOMES = {
     "risk_coverage": "gapprobe.selective",
     "cosine": "gapprobe.similarity",
     "open_store": "gapprobe.store.reader",
-    "import_activations": "gapprobe.store.importing",
-    "export_store": "gapprobe.store.exporting",
-    "to_activation_cache": "gapprobe.store.exporting",
-    "to_dataset": "gapprobe.store.exporting",
-    "push": "gapprobe.store.pushing",
-    "pull": "gapprobe.store.pulling",
-    "verify_store": "gapprobe.store.verify",
-    "repair_store": "gapprobe.store.repairing",
-    "merge_stores": "gapprobe.store.merging",
-    "compact_store": "gapprobe.store.compacting",
-    "collect_garbage": "gapprobe.store.clearing",
+    "import_activations": "gapprobe.store.exchange.importing",
+    "export_store": "gapprobe.store.exchange.exporting",
+    "to_activation_cache": "gapprobe.store.exchange.exporting",
+    "to_dataset": "gapprobe.store.exchange.exporting",
+    "push": "gapprobe.store.remote.pushing",
+    "pull": "gapprobe.store.remote.pulling",
+    "verify_store": "gapprobe.store.care.verify",
+    "repair_store": "gapprobe.store.care.repairing",
+    "merge_stores": "gapprobe.store.care.merging",
+    "compact_store": "gapprobe.store.care.compacting",
+    "collect_garbage": "gapprobe.store.care.clearing",
     "TokenBatches": "gapprobe.store.batches",
     "load_config": "gapprobe.study.config",
     "Study": "gapprobe.study.run",

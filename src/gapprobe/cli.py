@@ -20,7 +20,7 @@ from gapprobe.errors import ConfigError, GapprobeError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gapprobe.store.importing import TracedModel
+    from gapprobe.store.exchange.importing import TracedModel
     from gapprobe.study.config import StudyConfig
     from gapprobe.study.run import Study
 
@@ -225,8 +225,8 @@ def verify(
         gapprobe store verify gapprobe-demo/store
         gapprobe store verify runs --json | jq '.[].problems[].rows'
     """
+    from gapprobe.store.care.verify import verify_store
     from gapprobe.store.reader import find_stores
-    from gapprobe.store.verify import verify_store
 
     found = {path: verify_store(path) for path in find_stores(folder)}
     if as_json:
@@ -260,8 +260,8 @@ def repair(
         gapprobe store repair gapprobe-demo/store
         gapprobe store repair runs/mine --json | jq -r '.[].lost[]'
     """
+    from gapprobe.store.care.repairing import repair_store
     from gapprobe.store.reader import find_stores
-    from gapprobe.store.repairing import repair_store
 
     # Stores are found by their store.json, which may be what is lost.
     stores = [folder] if like is not None or (folder / "shards").is_dir() else find_stores(folder)
@@ -286,7 +286,7 @@ def merge(
     For example:
         gapprobe store merge runs/node-0 runs/node-1 --into runs/all
     """
-    from gapprobe.store.merging import merge_stores
+    from gapprobe.store.care.merging import merge_stores
     from gapprobe.store.reader import find_stores
 
     found = dict.fromkeys(path for source in sources for path in find_stores(source))
@@ -308,7 +308,7 @@ def compact(
         gapprobe store compact gapprobe-demo/store
         gapprobe store compact runs/mine --shard-mb 512
     """
-    from gapprobe.store.compacting import compact_store
+    from gapprobe.store.care.compacting import compact_store
     from gapprobe.store.reader import find_stores
 
     for path in find_stores(folder):
@@ -329,7 +329,7 @@ def gc(
         gapprobe store gc gapprobe-demo/store --dry-run
         gapprobe store gc runs/mine --damaged
     """
-    from gapprobe.store.clearing import collect_garbage
+    from gapprobe.store.care.clearing import collect_garbage
     from gapprobe.store.reader import find_stores
 
     for path in find_stores(folder):
@@ -381,7 +381,7 @@ def import_activations(
         gapprobe store import acts.npy my-store --lengths lengths.npy --model llava-hf/llava-v1.6-vicuna-7b-hf
     """
     from gapprobe.models.loading import load_model
-    from gapprobe.store.importing import import_activations as import_
+    from gapprobe.store.exchange.importing import import_activations as import_
 
     if model is not None and name is not None:
         raise ConfigError("--model and --name both say what the activations come from; give one of them")
@@ -420,7 +420,7 @@ def export(
         gapprobe store export my-store for-numpy --layers 0 16 32 --position last_input
         gapprobe store export my-store for-lens --format transformer_lens
     """
-    from gapprobe.store.exporting import export_store
+    from gapprobe.store.exchange.exporting import export_store
     from gapprobe.store.reader import open_store
 
     if rows is not None and not rows.is_file():
@@ -453,7 +453,7 @@ def push(
     For example:
         gapprobe store push gapprobe-demo/store/llava s3://my-bucket/llava
     """
-    from gapprobe.store.pushing import push
+    from gapprobe.store.remote.pushing import push
 
     print(push(folder, url, verify=verify, recheck=recheck, transfers=transfers))
 
@@ -469,7 +469,7 @@ def pull(
     For example:
         gapprobe store pull s3://my-bucket/llava llava-store
     """
-    from gapprobe.store.pulling import pull
+    from gapprobe.store.remote.pulling import pull
 
     print(pull(url, folder, transfers=transfers))
 

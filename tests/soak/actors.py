@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from gapprobe.errors import OutputError, StoreError
 from gapprobe.store import disk
-from gapprobe.store.clearing import collect_garbage
-from gapprobe.store.compacting import compact_store
+from gapprobe.store.care.clearing import collect_garbage
+from gapprobe.store.care.compacting import compact_store
+from gapprobe.store.care.merging import merge_stores
+from gapprobe.store.care.repairing import repair_store
 from gapprobe.store.format import STORE_FILE, StoredRow
-from gapprobe.store.merging import merge_stores
 from gapprobe.store.reader import Store, open_store
-from gapprobe.store.repairing import repair_store
 from gapprobe.store.writer import StoreWriter
 from tests.store.rows import CALLS as WRITERS_CALLS
 from tests.store.rows import equal, make_row, reheaded

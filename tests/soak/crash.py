@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
+from gapprobe.store.care.repairing import repair_store
+from gapprobe.store.care.verify import verify_store
 from gapprobe.store.format import MANIFEST_FILE, ROWS, SHARDS, STORE_FILE
 from gapprobe.store.reader import open_store
-from gapprobe.store.repairing import repair_store
-from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
 from tests.soak.actors import GAVE_UP, HEADER, Life, live, save_rows, watch
 from tests.soak.report import machine, versions

@@ -18,12 +18,12 @@ from typing import TypeVar
 import torch
 
 from gapprobe.errors import OutputError, StoreError
-from gapprobe.store.clearing import collect_garbage
-from gapprobe.store.compacting import compact_store
+from gapprobe.store.care.clearing import collect_garbage
+from gapprobe.store.care.compacting import compact_store
+from gapprobe.store.care.repairing import repair_store
+from gapprobe.store.care.verify import verify_store
 from gapprobe.store.format import StoredRow
 from gapprobe.store.reader import Store, TokenBatch, open_store
-from gapprobe.store.repairing import repair_store
-from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
 from tests.soak.case import Case
 from tests.store.rows import HEADER, equal, make_row

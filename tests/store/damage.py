@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from gapprobe.store.care.verify import verify_store
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.shard import open_shard
-from gapprobe.store.verify import verify_store
 
 SMALL_BLOCK = 64
 
@@ -20,7 +20,7 @@ def flip(file: Path, at: int, bit: int = 0) -> None:
 
 def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
     """Have everything take a checksum of each 64 bytes, so that damage in a small shard touches few rows."""
-    for module in ("packing", "shard", "examining"):
+    for module in ("packing", "shard", "care.examining"):
         patch.setattr(f"gapprobe.store.{module}.BLOCK", SMALL_BLOCK)
 
 

@@ -10,7 +10,7 @@ import torch
 from aiobotocore.client import AioBaseClient
 from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 
-from gapprobe.store import pulling, pushing
+from gapprobe.store.remote import pulling, pushing
 
 KEYS = {"key": "an-access-key", "secret": "a-secret-key"}
 

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from gapprobe.store.compacting import compact_store
+from gapprobe.store.care.compacting import compact_store
+from gapprobe.store.care.verify import verify_store
 from gapprobe.store.reader import open_store
-from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
 from tests.soak.crash import SCENARIOS, Soak
 from tests.store.rows import HEADER, equal, holds, some_rows, write, write_and_die, write_in_child, write_slice_in_child

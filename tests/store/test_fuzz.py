@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 from gapprobe.errors import OutputError, StoreError
 from gapprobe.store import table as tables
-from gapprobe.store.clearing import collect_garbage
-from gapprobe.store.compacting import compact_store
+from gapprobe.store.care.clearing import collect_garbage
+from gapprobe.store.care.compacting import compact_store
+from gapprobe.store.care.repairing import repair_store
 from gapprobe.store.format import ShardRecord
 from gapprobe.store.reader import open_store
-from gapprobe.store.repairing import repair_store
 from gapprobe.store.writer import StoreWriter
 from tests.soak.authors import set_table
 from tests.soak.case import Case, Link, Pipe, Sparse, parts, reseal, rows_file, shard_file

@@ -16,10 +16,10 @@ import torch
 from gapprobe.errors import OutputError, StoreError
 from gapprobe.store import arena, disk, table
 from gapprobe.store import writer as writer_module
+from gapprobe.store.care.repairing import repair_store
+from gapprobe.store.care.verify import verify_store
 from gapprobe.store.reader import open_store
-from gapprobe.store.repairing import repair_store
 from gapprobe.store.table import build_table, read_table, row_schema
-from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
 from tests.store.rows import HEADER, equal, holds, make_row, reheaded, some_rows, write
 

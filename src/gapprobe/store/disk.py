@@ -35,6 +35,17 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+def read_small(path: Path, most: int) -> bytes | None:
+    """Return the content of a file; None if there is none, it cannot be read, or it has more than `most` bytes."""
+    try:
+        # Neither pipes nor devices: they would be waited for, or never end.
+        if not path.is_file() or path.stat().st_size > most:
+            return None
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
 @contextmanager
 def temporary(folder: Path) -> Generator[tuple[Path, int], None, None]:
     """Create a file of our own in `folder`; yield its path and descriptor; take the path away at the end.

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import cast
 
 from gapprobe.errors import StoreError
-from gapprobe.store.examining import published_ids
-from gapprobe.store.format import ShardRecord, StoreHeader, rows_name, shard_name
+from gapprobe.store.format import ROWS_TENSOR, ShardRecord, StoreHeader, rows_name, shard_name
 from gapprobe.store.shard import open_shard
-from gapprobe.store.table import ID, read_table
+from gapprobe.store.table import ID, decode_table, read_table
 
 
 class Homes:
@@ -45,3 +44,18 @@ class Homes:
             except StoreError as error:
                 return f"shard {record.shard}, which holds its rows now, is damaged: {error}"
         return ""
+
+
+def published_ids(store: Path, header: StoreHeader, number: int) -> set[str]:
+    """Return the ids of the rows of a shard that no line of the manifest names. Reads little more than its table.
+
+    Raises:
+        StoreError: it is damaged there, or no shard of this store.
+    """
+    path = store / shard_name(number)
+    shard = open_shard(path, header)
+    _, shape, begin = shard.tensors[ROWS_TENSOR]
+    if shard.damaged_blocks(begin, begin + shape[0]):
+        raise StoreError(f"{path} is damaged: bytes of its table of rows have changed")
+    table = decode_table(shard.table(), path, shard.rows, [ID])
+    return set(cast(list[str], table.column(ID).to_pylist()))

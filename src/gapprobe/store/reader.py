@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gapprobe.errors import StoreError
 from gapprobe.files import told_bytes
+from gapprobe.store.care.verify import Problem, verify_store
 from gapprobe.store.format import (
     STORE_FILE,
     VERSION,
@@ -37,7 +38,6 @@ from gapprobe.store.memory import fresh
 from gapprobe.store.moments import Moments, combine, moments
 from gapprobe.store.shard import TOKEN_TENSORS, Shard, open_shard
 from gapprobe.store.table import ID, join_tables, plain_rows, read_table, shard_row
-from gapprobe.store.verify import Problem, verify_store
 
 
 @dataclass(frozen=True)

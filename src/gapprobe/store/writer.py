@@ -24,7 +24,6 @@ from gapprobe.errors import OutputError, StoreError
 from gapprobe.files import as_output_error, sync_folder
 from gapprobe.store import disk, sealing
 from gapprobe.store.arena import MAX_COLUMN_BYTES, Arena, table_bytes, token_bytes
-from gapprobe.store.care import read_small
 from gapprobe.store.format import (
     LOCK_FILE,
     MANIFEST_FILE,
@@ -343,7 +342,7 @@ class StoreWriter:
         elif self._ids.isdisjoint(ids) and not shard.damaged_blocks() and shard.offsets[-1] == shard.tokens:
             self._learn_schema(table.schema)
             rows = self.path / rows_name(number)
-            if read_small(rows, len(content)) != content:
+            if disk.read_small(rows, len(content)) != content:
                 with sealing.new_rows_file(self.path, content) as temporary:
                     os.replace(temporary, rows)
             for folder in (SHARDS, ROWS):

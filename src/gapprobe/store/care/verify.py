@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gapprobe.errors import StoreError
-from gapprobe.store.examining import Examined, examine_all, published_ids
+from gapprobe.store.care.examining import Examined, examine_all
 from gapprobe.store.format import MANIFEST_FILE, StoreHeader, rows_name, shard_name
+from gapprobe.store.homes import published_ids
 from gapprobe.store.manifest import Manifest, listed_numbers, read_header, read_manifest
 
 

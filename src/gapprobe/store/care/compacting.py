@@ -16,8 +16,8 @@ from gapprobe.errors import StoreError
 from gapprobe.files import as_output_error, require_room, told_bytes
 from gapprobe.store import disk, sealing
 from gapprobe.store.arena import MAX_ROWS, Arena, token_bytes
-from gapprobe.store.care import alone
-from gapprobe.store.examining import examine
+from gapprobe.store.care.alone import alone
+from gapprobe.store.care.examining import examine
 from gapprobe.store.format import ROWS, SHARDS, ShardRecord, StoreHeader, rows_name, shard_name
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.packing import derive

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import xxhash
 
-from gapprobe.store import packing, verify
-from gapprobe.store.clearing import collect_garbage
-from gapprobe.store.compacting import compact_store
+from gapprobe.store import packing
+from gapprobe.store.care import verify
+from gapprobe.store.care.clearing import collect_garbage
+from gapprobe.store.care.compacting import compact_store
+from gapprobe.store.care.verify import Problem, verify_store
 from gapprobe.store.format import BLOCK, ShardRecord
 from gapprobe.store.manifest import read_header, read_manifest
 from gapprobe.store.reader import open_store
 from gapprobe.store.shard import file_xxh128, open_shard
-from gapprobe.store.verify import Problem, verify_store
 from tests.store.damage import flip, flip_each, place, use_small_blocks
 from tests.store.rows import make_row, reheaded, some_rows, write
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gapprobe.errors import ConfigError, DataError, OutputError, StoreError
 from gapprobe.files import sync_folder
-from gapprobe.store.exported import (
+from gapprobe.store.exchange.exported import (
     CACHE_FILE,
     DATA_FILE,
     EXPORT_FILE,
@@ -41,10 +41,10 @@ from gapprobe.store.exported import (
     describe_export,
     hook_name,
 )
+from gapprobe.store.exchange.sources import spans
 from gapprobe.store.format import DTYPES, StoreHeader, layer_name
 from gapprobe.store.reader import Store
 from gapprobe.store.shard import BYTES, TOKEN_TENSORS, as_bytes
-from gapprobe.store.sources import spans
 
 Form = Literal["numpy", "transformer_lens", "datasets"]
 Side = Literal["left", "right"]

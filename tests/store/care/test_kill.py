@@ -11,12 +11,12 @@ import signal
 import pytest
 import torch
 
-from gapprobe.store.clearing import collect_garbage
-from gapprobe.store.compacting import compact_store
-from gapprobe.store.merging import merge_stores
+from gapprobe.store.care.clearing import collect_garbage
+from gapprobe.store.care.compacting import compact_store
+from gapprobe.store.care.merging import merge_stores
+from gapprobe.store.care.repairing import repair_store
+from gapprobe.store.care.verify import verify_store
 from gapprobe.store.reader import open_store
-from gapprobe.store.repairing import repair_store
-from gapprobe.store.verify import verify_store
 from tests.store.damage import flip
 from tests.store.rows import CALLS, die_at_call, equal, holds, some_rows, write
 
@@ -72,7 +72,7 @@ def prepare(action, path):
 def processes():
     """Children fork from a clean server that has imported torch already, so that each takes milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.store.test_care_kill"])
+    context.set_forkserver_preload(["tests.store.care.test_kill"])
     return context
 
 

@@ -163,21 +163,6 @@ def examine_published(
     return _judge(number, 0 if content is None else content.layout.rows, header, content, fault, table, "")
 
 
-def published_ids(store: Path, header: StoreHeader, number: int) -> set[str]:
-    """Return the ids of the rows of a shard that no line of the manifest names. Reads little more than its table.
-
-    Raises:
-        StoreError: it is damaged there, or no shard of this store.
-    """
-    path = store / shard_name(number)
-    shard = open_shard(path, header)
-    _, shape, begin = shard.tensors[ROWS_TENSOR]
-    if shard.damaged_blocks(begin, begin + shape[0]):
-        raise StoreError(f"{path} is damaged: bytes of its table of rows have changed")
-    table = decode_table(shard.table(), path, shard.rows, [ID])
-    return set(cast(list[str], table.column(ID).to_pylist()))
-
-
 def examine_all(
     store: Path, header: StoreHeader, records: Sequence[ShardRecord], what: str, progress: bool
 ) -> Iterator[Examined]:

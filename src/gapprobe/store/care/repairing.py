@@ -22,8 +22,9 @@ from gapprobe.errors import StoreError
 from gapprobe.files import sync_folder, write_bytes
 from gapprobe.store import disk, sealing
 from gapprobe.store.arena import Arena
-from gapprobe.store.care import alone, read_small
-from gapprobe.store.examining import Examined, examine, examine_all, examine_published
+from gapprobe.store.care.alone import alone
+from gapprobe.store.care.examining import Examined, examine, examine_all, examine_published
+from gapprobe.store.care.verify import Problem, damaged_lines, problems_of, repeated
 from gapprobe.store.format import (
     DAMAGED,
     FORMAT,
@@ -45,7 +46,6 @@ from gapprobe.store.manifest import Manifest, listed_numbers, read_header, read_
 from gapprobe.store.packing import derive
 from gapprobe.store.shard import open_shard
 from gapprobe.store.table import ID, decode_table, encode_table
-from gapprobe.store.verify import Problem, damaged_lines, problems_of, repeated
 from gapprobe.store.writer import StoreWriter
 
 # Evidence in larger files is not worth its time: a manifest of so many bytes has some 200,000 shards.
@@ -203,7 +203,7 @@ class _Run:
         if isinstance(cause, OSError):
             return isinstance(cause, FileNotFoundError) or cause.errno == errno.EIO
         try:
-            fields = parse_json(read_small(self.path / STORE_FILE, MAX_JSON_BYTES) or b"", STORE_FILE)
+            fields = parse_json(disk.read_small(self.path / STORE_FILE, MAX_JSON_BYTES) or b"", STORE_FILE)
         except StoreError:
             return True
         version = fields.get("version")
@@ -230,7 +230,7 @@ class _Run:
             self.problems += damaged_lines(manifest.damaged)
         broken = manifest is None or bool(manifest.damaged)
         if broken:
-            text = read_small(self.path / MANIFEST_FILE, _MOST_READ) or b""
+            text = disk.read_small(self.path / MANIFEST_FILE, _MOST_READ) or b""
             self._hashes = {found.decode() for found in re.findall(rb"[0-9a-f]{64}", text)}
         before = [] if manifest is None else manifest.records
         after: list[ShardRecord] = []
@@ -291,7 +291,7 @@ class _Run:
 
     def _proven_table(self, file: Path) -> bytes | None:
         """Return a table of rows whose line is damaged, if what is left of the line proves that it is sound."""
-        content = read_small(file, _MOST_READ) if self._hashes else None
+        content = disk.read_small(file, _MOST_READ) if self._hashes else None
         return content if content is not None and hashlib.sha256(content).hexdigest() in self._hashes else None
 
     def _lose(self, table: bytes | None) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from gapprobe.errors import DataError, StoreError
+from gapprobe.store.exchange.sources import Source, open_file, open_source, spans
 from gapprobe.store.format import StoredRow, StoreHeader, Value, layer_name, parse_json
 from gapprobe.store.shard import TOKEN_TENSORS
-from gapprobe.store.sources import Source, open_file, open_source, spans
 from gapprobe.store.table import ID
 
 EXPORT_FORMAT = "gapprobe.export"

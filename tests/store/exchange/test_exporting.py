@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from gapprobe.errors import ConfigError, DataError, OutputError, StoreError
-from gapprobe.store import exporting
-from gapprobe.store.exported import open_export
-from gapprobe.store.exporting import export_store, to_activation_cache, to_dataset
+from gapprobe.store.exchange import exporting
+from gapprobe.store.exchange.exported import open_export
+from gapprobe.store.exchange.exporting import export_store, to_activation_cache, to_dataset
+from gapprobe.store.exchange.importing import import_activations
 from gapprobe.store.format import StoredRow
-from gapprobe.store.importing import import_activations
 from gapprobe.store.reader import open_store
 from tests.models.tiny import gpt2
 from tests.store.rows import HEADER, equal, make_row, reheaded, some_rows, write
@@ -228,7 +228,7 @@ def test_exports_write_nothing_outside_their_folder(store, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     script = (
-        "import sys; from gapprobe.store.reader import open_store; from gapprobe.store.exporting import *\n"
+        "import sys; from gapprobe.store.reader import open_store; from gapprobe.store.exchange.exporting import *\n"
         "store = open_store(sys.argv[1])\n"
         "for form in ('numpy', 'transformer_lens', 'datasets'): export_store(store, f'{sys.argv[2]}/{form}', form)\n"
     )
@@ -392,7 +392,7 @@ def test_the_marks_of_all_positions_survive(tmp_path):
         assert torch.equal(back.layer(3, position="last_output"), row.residual[2, 1:2])
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "stores.md"
+PAGE = Path(__file__).parents[3] / "docs" / "stores.md"
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))

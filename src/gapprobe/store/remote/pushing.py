@@ -29,12 +29,10 @@ from gapprobe.store.format import (
     shard_name,
 )
 from gapprobe.store.manifest import read_header, read_manifest
-from gapprobe.store.places import Damaged, Place, piece_size
 from gapprobe.store.progress import Bar
-from gapprobe.store.pulling import pull_from
-from gapprobe.store.shard import open_shard
-from gapprobe.store.table import ID, decode_table, read_table
-from gapprobe.store.transfers import (
+from gapprobe.store.remote.places import Damaged, Place, piece_size
+from gapprobe.store.remote.pulling import pull_from
+from gapprobe.store.remote.transfers import (
     VERIFY,
     Transfer,
     in_order,
@@ -44,6 +42,8 @@ from gapprobe.store.transfers import (
     table_there,
     told,
 )
+from gapprobe.store.shard import open_shard
+from gapprobe.store.table import ID, decode_table, read_table
 
 # How often a push records what has arrived. What a killed one had not recorded is found there and not sent again.
 RECORD_SECONDS = 30.0

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 
 from gapprobe.errors import OutputError, StoreError
-from gapprobe.store import compacting, sealing, table
+from gapprobe.store import sealing, table
 from gapprobe.store.arena import token_bytes
-from gapprobe.store.clearing import collect_garbage
-from gapprobe.store.compacting import compact_store
+from gapprobe.store.care import compacting
+from gapprobe.store.care.clearing import collect_garbage
+from gapprobe.store.care.compacting import compact_store
+from gapprobe.store.care.verify import verify_store
 from gapprobe.store.manifest import read_manifest
 from gapprobe.store.reader import open_store
-from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
 from tests.store.damage import files, flip, place
 from tests.store.rows import HEADER, equal, holds, make_row, reheaded, some_rows, write

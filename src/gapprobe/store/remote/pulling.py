@@ -17,10 +17,9 @@ from gapprobe.store import disk
 from gapprobe.store.arena import token_bytes
 from gapprobe.store.format import MAX_JSON_BYTES, SHARDS, STORE_FILE, ShardRecord, StoreHeader, rows_name, shard_name
 from gapprobe.store.manifest import read_header, read_manifest
-from gapprobe.store.places import Damaged, Place
 from gapprobe.store.progress import Bar
-from gapprobe.store.table import ID, decode_table
-from gapprobe.store.transfers import (
+from gapprobe.store.remote.places import Damaged, Place
+from gapprobe.store.remote.transfers import (
     VERIFY,
     Transfer,
     in_order,
@@ -29,6 +28,7 @@ from gapprobe.store.transfers import (
     refuse_other_run,
     table_there,
 )
+from gapprobe.store.table import ID, decode_table
 from gapprobe.store.writer import StoreWriter
 
 # No honest token comes near this, and a writer has memory for one before it has a row.

@@ -1,4 +1,4 @@
-"""What repairing, compacting and clearing up share: being alone with a store, and reading small files.
+"""What repairing, compacting and clearing up share: being alone with a store.
 
 All of them change a store only in steps after each of which it holds the rows that it held before, or more.
 """
@@ -31,14 +31,3 @@ def alone(path: Path, what: str) -> Generator[None, None, None]:
                 "another disk, and do it there."
             )
         yield
-
-
-def read_small(path: Path, most: int) -> bytes | None:
-    """Return the content of a file; None if there is none, it cannot be read, or it has more than `most` bytes."""
-    try:
-        # Neither pipes nor devices: they would be waited for, or never end.
-        if not path.is_file() or path.stat().st_size > most:
-            return None
-        return path.read_bytes()
-    except OSError:
-        return None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gapprobe.errors import DataError
-from gapprobe.store.labels import read_labels
+from gapprobe.store.exchange.labels import read_labels
 
 COLUMNS = {
     "name": ["ä", "NA", None],

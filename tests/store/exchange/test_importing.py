@@ -19,10 +19,10 @@ from gapprobe.errors import DataError, OutputError, StoreError
 from gapprobe.lens.logit import logit_lens
 from gapprobe.probes.sweep import sweep_probes
 from gapprobe.similarity import cosine
-from gapprobe.store import importing
-from gapprobe.store.importing import import_activations
+from gapprobe.store.exchange import importing
+from gapprobe.store.exchange.importing import import_activations
+from gapprobe.store.exchange.sources import open_source, spans
 from gapprobe.store.reader import open_store
-from gapprobe.store.sources import open_source, spans
 from tests.models.tiny import gpt2
 
 L, D = 3, 5

@@ -4,9 +4,9 @@ import pytest
 
 from gapprobe.errors import StoreError
 from gapprobe.store import disk
-from gapprobe.store.clearing import collect_garbage
-from gapprobe.store.compacting import compact_store
-from gapprobe.store.repairing import repair_store
+from gapprobe.store.care.clearing import collect_garbage
+from gapprobe.store.care.compacting import compact_store
+from gapprobe.store.care.repairing import repair_store
 from tests.store.damage import files, flip, place
 from tests.store.rows import holds, some_rows, write
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from gapprobe.errors import OutputError, StoreError
+from gapprobe.store.care.repairing import repair_store
+from gapprobe.store.care.verify import verify_store
 from gapprobe.store.manifest import read_manifest
 from gapprobe.store.reader import open_store
-from gapprobe.store.repairing import repair_store
-from gapprobe.store.verify import verify_store
 from gapprobe.store.writer import StoreWriter
 from tests.store.damage import files, flip, place, use_small_blocks
 from tests.store.rows import HEADER, equal, holds, make_row, reheaded, some_rows, write

@@ -30,15 +30,16 @@ from fsspec.implementations.memory import MemoryFileSystem
 from moto.server import ThreadedMotoServer
 
 from gapprobe.errors import ConfigError, OutputError, StoreError
-from gapprobe.store import disk, places, pushing, transfers
+from gapprobe.store import disk
+from gapprobe.store.care.verify import verify_store
 from gapprobe.store.format import VERSION, ShardRecord, StoredRow
 from gapprobe.store.manifest import read_manifest
-from gapprobe.store.places import Place, Stopped, piece_size
-from gapprobe.store.pulling import pull
-from gapprobe.store.pushing import push
 from gapprobe.store.reader import open_store
-from gapprobe.store.transfers import Transfer, in_order
-from gapprobe.store.verify import verify_store
+from gapprobe.store.remote import places, pushing, transfers
+from gapprobe.store.remote.places import Place, Stopped, piece_size
+from gapprobe.store.remote.pulling import pull
+from gapprobe.store.remote.pushing import push
+from gapprobe.store.remote.transfers import Transfer, in_order
 from gapprobe.store.writer import StoreWriter
 from tests.store.elsewhere import KEYS, pull_and_die, push_and_die
 from tests.store.rows import HEADER, equal, holds, make_row, reheaded, some_rows, write

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from gapprobe.errors import OutputError, StoreError
-from gapprobe.store import arena, merging, writer
-from gapprobe.store.compacting import compact_store
+from gapprobe.store import arena, writer
+from gapprobe.store.care import merging
+from gapprobe.store.care.compacting import compact_store
+from gapprobe.store.care.merging import merge_stores
+from gapprobe.store.care.repairing import repair_store
 from gapprobe.store.manifest import read_manifest
-from gapprobe.store.merging import merge_stores
 from gapprobe.store.reader import open_store
-from gapprobe.store.repairing import repair_store
 from gapprobe.store.writer import StoreWriter
 from tests.store.damage import files, flip
 from tests.store.rows import HEADER, equal, holds, make_row, reheaded, some_rows, write

@@ -15,7 +15,7 @@ from gapprobe.errors import ConfigError, StoreError
 from gapprobe.files import told_bytes
 from gapprobe.store.format import MANIFEST_FILE, ShardRecord, StoreHeader, rows_name
 from gapprobe.store.manifest import Manifest, manifest_lines
-from gapprobe.store.places import Damaged, Place
+from gapprobe.store.remote.places import Damaged, Place
 
 # 100,000 shards have lines of 40 MB.
 MAX_MANIFEST_BYTES = 256 << 20

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gapprobe.files import told_bytes
 from gapprobe.store import disk, sealing
-from gapprobe.store.care import alone
+from gapprobe.store.care.alone import alone
 from gapprobe.store.format import DAMAGED, ROWS, SHARDS, rows_name, shard_name
 from gapprobe.store.homes import Homes
 from gapprobe.store.manifest import listed_numbers, read_header, read_manifest

@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gapprobe.errors import DataError, StoreError
-from gapprobe.store.exported import EXPORT_FILE, open_export
+from gapprobe.store.exchange.exported import EXPORT_FILE, open_export
+from gapprobe.store.exchange.labels import read_labels
+from gapprobe.store.exchange.sources import Array, HookCache, Layers, Source, open_source, spans
 from gapprobe.store.format import DTYPES, MAX_POSITIONS, StoredRow, StoreHeader, Value
-from gapprobe.store.labels import read_labels
 from gapprobe.store.reader import Store, open_store
 from gapprobe.store.shard import as_bytes
-from gapprobe.store.sources import Array, HookCache, Layers, Source, open_source, spans
 from gapprobe.store.table import ID
 from gapprobe.store.writer import StoreWriter
 

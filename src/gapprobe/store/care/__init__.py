@@ -1,0 +1,1 @@
+"""Looking after stores: what is wrong with one, and what is done about it."""
