@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import struct
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +27,7 @@ from gapprobe.store.care.compacting import compact_store
 from gapprobe.store.care.repairing import repair_store
 from gapprobe.store.format import ShardRecord
 from gapprobe.store.reader import open_store
+from gapprobe.store.shard import Shard
 from gapprobe.store.writer import StoreWriter
 from tests.soak.authors import set_table
 from tests.soak.case import Case, Link, Pipe, Sparse, parts, reseal, rows_file, shard_file
@@ -280,6 +283,31 @@ def test_ids_with_control_characters_are_refused(case, tmp_path, name):
     with pytest.raises(StoreError, match="control characters") as caught:
         assert open_store(built(case, tmp_path)).ids
     assert name not in str(caught.value)
+
+
+def test_two_columns_of_one_name_are_refused(case, tmp_path):
+    ids = pa.array(["row 0", "row 1", "row 2"])
+    for names in (["id", "id"], ["id", "x", "x"]):
+        set_table(case, 0, encoded(pa.Table.from_arrays([ids] * len(names), names=names), random.Random(0)))
+        with pytest.raises(StoreError, match="same name"):
+            assert open_store(built(case, tmp_path)).ids
+        shutil.rmtree(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "read", [lambda s: s.layer(0), lambda s: s.batch(), lambda s: s.row("a"), lambda s: s.moments(0)]
+)
+def test_more_than_memory_holds_is_refused_with_a_way_out(tmp_path, monkeypatch, read):
+    write(tmp_path, [make_row("a", 3), make_row("b", 2)], batch=1)
+    store = open_store(tmp_path)
+
+    def none_left(*_args, **_kwargs):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(Shard, "take", none_left)
+    monkeypatch.setattr(Shard, "tensor", none_left)
+    with pytest.raises(StoreError, match="fewer rows or layers"):
+        read(store)
 
 
 def test_columns_of_other_types_can_be_looked_at_but_are_no_part_of_a_row(case, tmp_path):

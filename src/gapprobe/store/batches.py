@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from gapprobe.errors import StoreError
 from gapprobe.store.format import layer_name, shard_name
 from gapprobe.store.gather import Job, Part, position_jobs, run_jobs, token_jobs, token_offsets
-from gapprobe.store.memory import fresh
+from gapprobe.store.memory import enough_memory, fresh
 from gapprobe.store.reader import Store, TokenBatch, open_store
 from gapprobe.store.shard import Shard, open_shard
 from gapprobe.store.table import ID, read_table
@@ -200,9 +200,11 @@ class TokenBatches(IterableDataset[TokenBatch]):
         table = read_table(self.path, self._header, self._records[number], [ID])
         return cast(list[str], table.column(ID).to_pylist())
 
+    @enough_memory()
     def _room(self, tokens: int) -> Shaped[Tensor, "l t d"]:
         return fresh((len(self.layers), tokens, self._header.width), self._header.torch_dtype)
 
+    @enough_memory()
     def _load(self, plan: _Plan, batches: NDArray[np.int64], room: Shaped[Tensor, "l t d"]) -> _Loaded:
         """Read the rows of some batches, in the order in which they are yielded, into `room` or, one batch, its own."""
         pieces = [plan.rows[plan.cuts[batch] : plan.cuts[batch + 1]] for batch in batches]

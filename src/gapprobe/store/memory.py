@@ -1,13 +1,17 @@
-"""Memory that is fast to touch for the first time."""
+"""Memory that is fast to touch for the first time, and what is said when there is not enough."""
 
 from __future__ import annotations
 
+import errno
 import mmap
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from math import prod
 
 import torch
 from torch import Tensor
+
+from gapprobe.errors import StoreError
 
 _HUGE_PAGE = 2 << 20
 
@@ -26,3 +30,19 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with suppress(OSError):
         room.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(room, dtype=dtype).view(shape)
+
+
+@contextmanager
+def enough_memory() -> Generator[None, None, None]:
+    """Turn a lack of memory into a StoreError. Also a decorator."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        # torch says it in a RuntimeError, mmap in an OSError.
+        torchs = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        if not torchs and not isinstance(error, MemoryError) and getattr(error, "errno", None) != errno.ENOMEM:
+            raise
+        raise StoreError(
+            "what was asked for takes more memory than there is. Ask for fewer rows or layers, or iterate over "
+            "TokenBatches."
+        ) from error

@@ -34,7 +34,7 @@ from gapprobe.store.format import (
 )
 from gapprobe.store.gather import Part, position_jobs, run_jobs, token_jobs, token_offsets
 from gapprobe.store.manifest import Manifest, read_header, read_manifest
-from gapprobe.store.memory import fresh
+from gapprobe.store.memory import enough_memory, fresh
 from gapprobe.store.moments import Moments, combine, moments
 from gapprobe.store.shard import TOKEN_TENSORS, Shard, open_shard
 from gapprobe.store.table import ID, join_tables, plain_rows, read_table, shard_row
@@ -153,6 +153,7 @@ class Store:
                     self.__dict__.pop(name, None)
         return len(self) - before
 
+    @enough_memory()
     def layer(
         self, layer: int, position: str | None = None, rows: Iterable[str] | None = None
     ) -> Shaped[Tensor, "n d"]:
@@ -189,6 +190,7 @@ class Store:
         run_jobs(jobs, result)
         return result[0]
 
+    @enough_memory()
     def batch(self, rows: Iterable[str] | None = None, layers: Sequence[int] | None = None) -> TokenBatch:
         """Return all tokens of some rows at some layers, read in large pieces.
 
@@ -220,6 +222,7 @@ class Store:
             *codes,
         )
 
+    @enough_memory()
     def row(self, id: str) -> StoredRow:
         """Return one row: its columns and the residuals of all its tokens, `[l t d]`.
 
@@ -230,6 +233,7 @@ class Store:
         (columns,) = plain_rows(self.table.slice(self._number_of[id], 1), self.path)
         return shard_row(part.shard, self.header, int(part.rows[0]), columns)
 
+    @enough_memory()
     def moments(self, layer: int, position: str | None = None) -> Moments:
         """Return count, mean and variance of the residuals after a layer.
 

@@ -177,6 +177,8 @@ def decode_table(content: bytes, path: Path, rows: int | None, columns: Sequence
         if file.metadata.num_rows != rows:
             raise StoreError(f"{path} is damaged: it has {file.metadata.num_rows} rows, not {rows}")
         table = _unpack(file, content, path, columns)
+        if len(set(table.column_names)) < len(table.column_names):
+            raise StoreError(f"{path} is damaged: two of its columns have the same name")
         if ID not in table.column_names or table.schema.field(ID).type != pa.string():
             raise StoreError(f"{path} is damaged: it has no text column {ID!r}")
         ids = cast(list[str | None], table.column(ID).to_pylist())
