@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -301,31 +301,28 @@ def test_dense_positions_change_nothing(data):
 
 def test_a_reader_during_writing_sees_whole_rows_only(tmp_path):
     rows = {row.id: row for row in some_rows(60)}
-    store, done = None, threading.Event()
 
     def work():
         with StoreWriter(tmp_path, HEADER, 300) as writer:
             for row in rows.values():
                 writer.append([row])
                 writer.flush(wait=False)
-        done.set()
 
     StoreWriter(tmp_path, HEADER).close()
     store, sizes = open_store(tmp_path), [0]
-    thread = threading.Thread(target=work)
-    thread.start()
-    while True:
-        last = done.is_set()
-        assert store.refresh() == len(store) - sizes[-1]
-        batch = store.batch()
-        assert batch.ids == tuple(list(rows)[: len(store)])
-        seen = [rows[id_] for id_ in batch.ids]
-        assert batch.residual.equal(torch.cat([torch.empty(3, 0, 6).bfloat16(), *(row.residual for row in seen)], 1))
-        assert all(equal(store.row(row.id), row) for row in seen[sizes[-1] :])
-        sizes.append(len(store))
-        if last:
-            break
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(work)
+        last = False
+        while not last:
+            last = writing.done()
+            assert store.refresh() == len(store) - sizes[-1]
+            batch = store.batch()
+            assert batch.ids == tuple(list(rows)[: len(store)])
+            seen = [rows[id_] for id_ in batch.ids]
+            assert batch.residual.equal(torch.cat([torch.empty(3, 0, 6).bfloat16(), *(r.residual for r in seen)], 1))
+            assert all(equal(store.row(row.id), row) for row in seen[sizes[-1] :])
+            sizes.append(len(store))
+    writing.result()
     assert sizes[-1] == len(rows)
     assert len(set(sizes)) > 2
 

@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from jaxtyping import Float, Float32, Float64, Int64, Shaped, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
-# So few numbers are left to one thread by torch, and fit its core's cache; the other core has a disk to serve.
-_PIECE = 1 << 15
+from gapprobe.store.memory import fresh
+
+# Fewer numbers than torch (2.13) wakes other threads for, whose waiting costs more than their work gains: the other
+# core has a disk to serve. They fit a core's cache, too.
+_PIECE = (1 << 15) - 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def combine(parts: Iterable[Moments], width: int) -> Moments:
     return Moments(count, mean, squares / count)
 
 
-def moments(x: Float[Tensor, "t d"], tokens: Int64[Tensor, " n"] | None = None) -> Moments:
+def moments(x: Float[Tensor, "t d"], tokens: NDArray[np.int64] | None = None) -> Moments:
     """Return the moments of some tokens, or of all, in one pass.
 
     Sums are taken of distances to a rough mean: a dimension with a large mean would lose its variance otherwise. Within
@@ -60,31 +65,51 @@ def moments(x: Float[Tensor, "t d"], tokens: Int64[Tensor, " n"] | None = None) 
     width = x.shape[1]
     if not count:
         return combine([], width)
-    every = max(1, count // 32)
-    rough = (x[::every] if tokens is None else x[tokens[::every]]).float().mean(0)
-    size = min(count, max(8, _PIECE // width))
+    lines, groups = max(1, _PIECE // width), max(1, _PIECE // (2 * width))
     # The same memory for all pieces: touching fresh memory costs more than all the arithmetic.
-    chosen, apart = torch.empty(size, width, dtype=x.dtype), torch.empty(size, width)
-    first, total = torch.zeros(2, width, dtype=torch.float64)
-    for start in range(0, count, size):
-        here = slice(start, min(start + size, count))
-        n = here.stop - start
-        piece = x[here] if tokens is None else torch.index_select(x, 0, tokens[here], out=chosen[:n])
-        distance = apart[:n].copy_(piece).sub_(rough)
-        first += distance.sum(0)
-        total += distance.square_().sum(0)
-    first /= count
-    return Moments(count, rough.double() + first, (total / count - first.square()).clamp_(min=0))
+    chosen, apart = torch.empty(lines, width, dtype=x.dtype), torch.empty(lines, width)
+
+    def some(here: slice) -> Float[Tensor, "n d"]:
+        return x[here] if tokens is None else take(x, tokens[here], chosen)
+
+    rough = some(slice(None, None, -(-count // lines))).float().mean(0)
+    sums, total = torch.empty(groups, 2, width), torch.zeros(2, width, dtype=torch.float64)
+    done = 0
+    for start in range(0, count, lines):
+        piece = some(slice(start, start + lines))
+        distance = apart[: len(piece)].copy_(piece).sub_(rough)
+        torch.sum(distance, 0, out=sums[done, 0])
+        torch.sum(distance.square_(), 0, out=sums[done, 1])
+        done += 1
+        if done == groups or start + lines >= count:
+            total += sums[:done].sum(0, dtype=torch.float64)
+            done = 0
+    first, second = total / count
+    return Moments(count, rough.double() + first, (second - first.square()).clamp_(min=0))
+
+
+def take(
+    x: Shaped[Tensor, "*l t d"], tokens: NDArray[np.int64], out: Shaped[Tensor, "*l m d"]
+) -> Shaped[Tensor, "*l n d"]:
+    """Copy some tokens to the beginning of `out` and return them. In this thread alone, as torch's indexing is not."""
+    found = out[..., : len(tokens), :]
+    # The mode only keeps numpy from a detour through memory of its own; bytes it copies whatever the dtype.
+    source, target = (each.view(torch.uint8).numpy() for each in (x, found))
+    np.take(source, tokens, axis=-2, out=target, mode="clip")
+    return found
 
 
 def by_position(
     residual: Float[Tensor, "l t d"], marks: UInt8[Tensor, " t"], positions: int
 ) -> tuple[Int64[Tensor, " p"], Float32[Tensor, "p l d"], Float32[Tensor, "p l d"]]:
     """Return count, mean and standard deviation of the tokens at each position; zeros where there are none."""
-    at = [(marks >> i & 1).nonzero()[:, 0] for i in range(positions)]
-    mean, std = torch.zeros(2, positions, len(residual), residual.shape[2])
-    for i, here in enumerate(at):
-        for layer in range(len(residual) if len(here) else 0):
-            found = moments(residual[layer], here)
-            mean[i, layer], std[i, layer] = found.mean.float(), found.std.float()
-    return torch.tensor([len(here) for here in at], dtype=torch.int64), mean, std
+    at = [np.flatnonzero(marks.numpy() >> i & 1) for i in range(positions)]
+    mean, std = (fresh((positions, len(residual), residual.shape[2]), torch.float32) for _ in range(2))
+    for i, tokens in enumerate(at):
+        for layer, x in enumerate(residual):
+            if len(tokens):
+                found = moments(x, tokens)
+                mean[i, layer], std[i, layer] = found.mean, found.std
+            else:
+                mean[i, layer], std[i, layer] = 0, 0
+    return torch.tensor([len(tokens) for tokens in at], dtype=torch.int64), mean, std

@@ -259,7 +259,7 @@ class Store:
             if not 0 <= count <= shard.tokens:
                 raise StoreError(f"{shard.path} is damaged: its moments are those of {count} tokens")
             return Moments(count, mean, std.square())
-        marked = None if position is None else torch.from_numpy(np.flatnonzero(shard.marks >> position & 1))
+        marked = None if position is None else np.flatnonzero(shard.marks >> position & 1)
         return moments(shard.tensor(layer_name(self.header.layers[layer])), marked)
 
     def info(self) -> StoreInfo:
