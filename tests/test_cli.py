@@ -206,3 +206,15 @@ def test_a_full_disk_is_said_in_one_line_and_the_same_command_goes_on(config: Pa
     again = gapprobe("study", "capture", config, "--out", "out", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert gapprobe("store", "verify", "out", cwd=tmp_path).returncode == 0
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    write(tmp_path, some_rows(3))
+    for unbuffered in ("", "1"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "gapprobe", "store", "info", str(tmp_path)]
+        environment = ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, "")

@@ -7,6 +7,7 @@ from the code. Imports of heavy parts stay inside the commands: `gapprobe --help
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from gapprobe.errors import ConfigError, GapprobeError
+from gapprobe.files import told_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -233,7 +235,7 @@ def verify(
         _print([{"store": str(p), "problems": [asdict(each) for each in problems]} for p, problems in found.items()])
     else:
         for path, problems in found.items():
-            print(f"{path}: {'sound' if not problems else f'{len(problems)} problems'}")
+            print(f"{path}: {told_count(len(problems), 'problem') if problems else 'sound'}")
             for problem in problems:
                 print(f"  {problem}")
             if problems:
@@ -492,8 +494,13 @@ def main(args: list[str] | None = None) -> None:
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+        sys.stdout.flush()
     except GapprobeError as error:
         print(f"gapprobe: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        # Whoever reads has seen enough (`| head`). Python would flush the rest once more at the end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         print("gapprobe: stopped; the same command goes on where it was", file=sys.stderr)

@@ -52,6 +52,11 @@ def require_room(folder: Path, size: int, what: str, mend: str | Callable[[int],
         raise OutputError(f"{folder}: {what} takes about {told_bytes(size)}, and {told_bytes(free)} are free. {mend}")
 
 
+def told_count(count: int, what: str) -> str:
+    """Return a number of things in words: "1 file", "2,000 files"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def told_bytes(size: int) -> str:
     """Return a number of bytes for people."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

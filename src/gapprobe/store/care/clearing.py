@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gapprobe.files import told_bytes
+from gapprobe.files import told_bytes, told_count
 from gapprobe.store import disk, sealing
 from gapprobe.store.care.alone import alone
 from gapprobe.store.format import DAMAGED, ROWS, SHARDS, rows_name, shard_name
@@ -48,7 +48,7 @@ class Garbage:
     def __str__(self) -> str:
         """Return a line for each file, of many the first."""
         would = "would be removed" if self.dry_run else "removed"
-        lines = [f"{self.path}: {len(self.files):,} files of {told_bytes(self.bytes)} {would}"]
+        lines = [f"{self.path}: {told_count(len(self.files), 'file')} of {told_bytes(self.bytes)} {would}"]
         lines += [f"  {name}  {told_bytes(size)}" for name, size in list(self.files.items())[:_SHOWN]]
         lines += [f"  and {len(self.files) - _SHOWN:,} more"] if len(self.files) > _SHOWN else []
         return "\n".join(lines + [f"  {name} stays: {why}" for name, why in self.kept.items()])

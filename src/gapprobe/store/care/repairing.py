@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gapprobe.errors import StoreError
-from gapprobe.files import sync_folder, write_bytes
+from gapprobe.files import sync_folder, told_count, write_bytes
 from gapprobe.store import disk, sealing
 from gapprobe.store.arena import Arena
 from gapprobe.store.care.alone import alone
@@ -84,11 +84,14 @@ class Repair:
         """Return a line for each thing found and done."""
         if not self.problems:
             return f"{self.path}: sound, nothing to repair"
-        lines = [f"{self.path}: {len(self.problems)} problems", *(f"  {problem}" for problem in self.problems)]
+        lines = [
+            f"{self.path}: {told_count(len(self.problems), 'problem')}",
+            *(f"  {problem}" for problem in self.problems),
+        ]
         if self.saved or self.found:
             lines.append(f"{self.saved:,} rows of damaged shards saved, {self.found:,} rows sealed that were not")
         if self.moved:
-            lines.append(f"{len(self.moved)} damaged files moved to {self.path / DAMAGED}")
+            lines.append(f"{told_count(len(self.moved), 'damaged file')} moved to {self.path / DAMAGED}")
         if self.nonfinite:
             lines.append(f"{len(self.nonfinite):,} rows with NaN or infinite residuals left as they are")
         gone = [f"{len(self.lost) + self.unnamed:,} rows"] if self.lost or self.unnamed else []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from gapprobe.errors import ConfigError, StoreError
-from gapprobe.files import told_bytes
+from gapprobe.files import told_bytes, told_count
 from gapprobe.store.format import MANIFEST_FILE, ShardRecord, StoreHeader, rows_name
 from gapprobe.store.manifest import Manifest, manifest_lines
 from gapprobe.store.remote.places import Damaged, Place
@@ -47,7 +47,7 @@ class Transfer:
     def __str__(self) -> str:
         """Return a sentence."""
         return (
-            f"{self.shards:,} shards transferred ({told_bytes(self.bytes)}, {self.rows:,} new rows); "
+            f"{told_count(self.shards, 'shard')} transferred ({told_bytes(self.bytes)}, {self.rows:,} new rows); "
             f"{self.skipped:,} were there already"
         )
 
