@@ -166,7 +166,7 @@ def linked_folder(case: Case, pick: Pick) -> None:
 def sparse(case: Case, pick: Pick) -> None:
     """A file claims to be enormous; the manifest, and the shard's own header, may agree."""
     name = some_file(case, pick)
-    content, size = case.files[name], pick.choice((2**28, 2**36, 2**40))
+    content, size = case.files[name], pick.choice((2**24, 2**36, 2**40))
     case.harmless, case.anything = False, True
     case.files[name] = Sparse(content, size)
     agrees, number = pick.randint(0, 1), int(Path(name).stem) if "/" in name else 0

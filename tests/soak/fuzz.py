@@ -28,8 +28,7 @@ from tests.soak.report import machine, versions
 RESULTS = Path(__file__).parent / "results"
 # A trial is some forty operations of at most five seconds each, nearly all of which take milliseconds.
 PATIENCE = 60
-# An operation may not take much (oracle.py); what one trial read in all ways is held and compared at once.
-MEMORY = 6 << 30
+MEMORY = 3 << 30
 LONGEST = 400
 
 
@@ -65,7 +64,13 @@ def work(folder: Path, engine: str, seconds: float, seed: int) -> None:
 
     if engine == "atheris":
         (folder / "corpus").mkdir(exist_ok=True)
-        options = ("-timeout=0", "-rss_limit_mb=0", f"-max_len={LONGEST}", f"-max_total_time={round(seconds)}")
+        options = (
+            "-timeout=0",
+            "-rss_limit_mb=0",
+            f"-max_len={LONGEST}",
+            f"-max_total_time={round(seconds)}",
+            f"-artifact_prefix={folder}/",
+        )
         atheris.Setup([sys.argv[0], *options, f"-seed={seed + 1}", str(folder / "corpus")], one)
         atheris.Fuzz()
     pick = random.Random(seed)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from gapprobe.errors import StoreError
 from gapprobe.store import disk
+from gapprobe.store.footer import claimed_sizes
 from gapprobe.store.format import (
     ShardRecord,
     StoredRow,
@@ -128,9 +129,10 @@ def encode_table(table: pa.Table) -> bytes:
     """
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    if _claims(pq.ParquetFile(sink))[0] + table.nbytes > MAX_TABLE_BYTES:
+    content = sink.getvalue()
+    if _claims(pq.ParquetFile(sink), content)[0] + table.nbytes > MAX_TABLE_BYTES:
         raise StoreError(f"columns of {len(table)} rows take more than {MAX_TABLE_BYTES >> 20} MiB; keep less in them")
-    return sink.getvalue()
+    return content
 
 
 def read_table(store: Path, header: StoreHeader, record: ShardRecord, columns: Sequence[str] | None = None) -> pa.Table:
@@ -197,7 +199,7 @@ def decode_table(content: bytes, path: Path, rows: int | None, columns: Sequence
 def _unpack(file: pq.ParquetFile, content: bytes, path: Path, columns: Sequence[str] | None) -> pa.Table:
     """Read a table, unless it takes more memory than any table may: a few bytes can unpack to very many."""
     refusal = StoreError(f"{path} is damaged: its columns unpack to more than {MAX_TABLE_BYTES >> 20} MiB")
-    size, texts = _claims(file)
+    size, texts = _claims(file, content)
     if size > MAX_TABLE_BYTES:
         raise refusal
     if size + sum(texts.values()) > MAX_TABLE_BYTES:
@@ -214,16 +216,15 @@ def _unpack(file: pq.ParquetFile, content: bytes, path: Path, columns: Sequence[
     return table
 
 
-def _claims(file: pq.ParquetFile) -> tuple[int, dict[str, int]]:
+def _claims(file: pq.ParquetFile, content: bytes) -> tuple[int, dict[str, int]]:
     """Return the bytes that a table takes with each different text once; and by column of texts, at most for each."""
     size, texts = 0, dict[str, int]()
-    for i, column in enumerate(file.schema):
-        for group in range(file.metadata.num_row_groups):
-            chunk = file.metadata.row_group(group).column(i)
-            size += max(chunk.total_uncompressed_size, chunk.num_values * max(8, column.length))
-            if column.physical_type == "BYTE_ARRAY":
-                most = chunk.total_uncompressed_size * chunk.num_values
-                texts[column.path] = texts.get(column.path, 0) + most
+    columns = [(column.path, column.length, column.physical_type == "BYTE_ARRAY") for column in file.schema]
+    for group in claimed_sizes(content):
+        for (path, length, text), (values, unpacked) in zip(columns, group, strict=True):
+            size += max(unpacked, values * max(8, length))
+            if text:
+                texts[path] = texts.get(path, 0) + unpacked * values
     return size, texts
 
 
