@@ -25,12 +25,13 @@ from gapprobe.store import table as tables
 from gapprobe.store.care.clearing import collect_garbage
 from gapprobe.store.care.compacting import compact_store
 from gapprobe.store.care.repairing import repair_store
+from gapprobe.store.care.verify import verify_store
 from gapprobe.store.format import ShardRecord
 from gapprobe.store.reader import open_store
 from gapprobe.store.shard import Shard
 from gapprobe.store.writer import StoreWriter
 from tests.soak.authors import set_table
-from tests.soak.case import Case, Link, Pipe, Sparse, parts, reseal, rows_file, shard_file
+from tests.soak.case import Case, Folder, Link, Pipe, Sparse, parts, reseal, rows_file, shard_file
 from tests.soak.mutations import MUTATIONS
 from tests.soak.tables import encoded
 from tests.soak.trial import Sandbox
@@ -283,6 +284,21 @@ def test_ids_with_control_characters_are_refused(case, tmp_path, name):
     with pytest.raises(StoreError, match="control characters") as caught:
         assert open_store(built(case, tmp_path)).ids
     assert name not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["shards/000007.safetensors", "rows/000007.parquet"])
+def test_a_folder_under_the_name_of_a_file_is_left_alone(sandbox, case, tmp_path, name):
+    case.files[name] = Folder()
+    for care in (False, True):
+        assert sandbox.judge(case, care) == []
+    store = built(case, tmp_path)
+    (store / name / "mine").write_bytes(b"text")
+    with StoreWriter(store, HEADER) as writer:
+        writer.append([make_row("new", 2)])
+    collect_garbage(store, damaged=True)
+    assert verify_store(store) == []
+    assert (store / name / "mine").read_bytes() == b"text"
+    assert "new" in open_store(store).ids
 
 
 def test_two_columns_of_one_name_are_refused(case, tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -112,6 +114,11 @@ def manifest_lines(stream: BufferedIOBase, where: str) -> Iterator[tuple[int, by
 
 def listed_numbers(path: Path) -> set[int]:
     """Return the numbers of all shards that have a file, sealed or not."""
-    names = [*(path / SHARDS).glob(f"*{SHARD_SUFFIX}"), *(path / ROWS).glob(f"*{ROWS_SUFFIX}")]
-    numbers = {name.stem: int(name.stem) for name in names if re.fullmatch("[0-9]{6,10}", name.stem)}
+    stems: list[str] = []
+    for folder, suffix in ((SHARDS, SHARD_SUFFIX), (ROWS, ROWS_SUFFIX)):
+        with suppress(OSError), os.scandir(path / folder) as entries:
+            # A folder of such a name is none of ours.
+            names = [entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)]
+            stems += [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+    numbers = {stem: int(stem) for stem in stems if re.fullmatch("[0-9]{6,10}", stem)}
     return {number for stem, number in numbers.items() if stem == f"{number:06d}" and number <= MAX_SHARD_NUMBER}
