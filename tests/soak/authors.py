@@ -7,6 +7,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import pyarrow as pa
 
@@ -259,8 +260,14 @@ def author_table(case: Case, pick: Pick) -> None:
     number = any_shard(pick)
     ids = [id_ for id_, home in case.home.items() if home == number]
     try:
-        table = encoded(pick.choice(TABLES)(ids, pick), pick)
+        table = pick.choice(TABLES)(ids, pick)
+        content = encoded(table, pick)
     # Parquet cannot hold just anything that Arrow can.
     except (pa.ArrowException, UnicodeEncodeError):
         return
-    set_table(case, number, table)
+    # Where the line of another shard is lost, the row that goes by the name of one of its rows is the author's.
+    with suppress(UnicodeDecodeError):
+        case.free |= {
+            case.home[id_] for id_ in table.column(0).to_pylist() if isinstance(id_, str) and id_ in case.home
+        }
+    set_table(case, number, content)
