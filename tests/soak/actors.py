@@ -112,10 +112,11 @@ def live(life: Life, started: Path) -> None:
 
 def _tend(life: Life, started: Path) -> None:
     pick = random.Random(life.seed)
+    # First: if the writer died before it made the store, the next one is begun only when this process has begun.
+    started.touch()
     while life.tends == "compact" and not (life.store / STORE_FILE).exists():
         time.sleep(0.01)
     _meddle(life)
-    started.touch()
     if life.tends == "merge":
         merge_stores(life.sources, life.store, progress=False)
     elif life.tends == "repair":
