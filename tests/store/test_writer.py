@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gapprobe.errors import OutputError, StoreError
-from gapprobe.store import arena, disk, table
+from gapprobe.store import arena, disk, sealing, table
 from gapprobe.store import writer as writer_module
 from gapprobe.store.care.repairing import repair_store
 from gapprobe.store.care.verify import verify_store
@@ -584,3 +584,24 @@ def test_rows_with_columns_of_their_own_begin_another_shard_before_their_table_i
     assert len(store.records) > 1
     for shard in store.records:
         assert read_table(tmp_path, HEADER, shard).num_columns * shard.rows * 8 <= 1 << 20
+
+
+def test_a_try_after_rows_were_dropped_and_the_disk_failed_is_whole(tmp_path, monkeypatch):
+    rows = [make_row(f"row {i}", 40) for i in range(4)]
+    with StoreWriter(tmp_path, HEADER) as writer:
+        writer.append(rows)
+        with StoreWriter(tmp_path, HEADER) as other:
+            other.append(rows[:1])
+        real, failures = sealing.publish, iter([True])
+
+        def publish(*arguments):
+            if next(failures, False):
+                raise OSError(errno.EIO, "injected")
+            return real(*arguments)
+
+        monkeypatch.setattr(sealing, "publish", publish)
+        with pytest.raises(OutputError):
+            writer.flush()
+    assert verify_store(tmp_path) == []
+    store = open_store(tmp_path)
+    assert all(equal(store.row(row.id), row) for row in rows)

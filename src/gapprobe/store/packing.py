@@ -112,6 +112,9 @@ def write_shard(
         ROWS_TENSOR: torch.frombuffer(bytearray(table), dtype=torch.uint8),
         **derived,
     }
+    wrong = [name for name in plan.tensors if name != CHECKSUMS_TENSOR and tensors[name].shape != plan.tensors[name][1]]
+    if wrong:
+        raise ValueError(f"{wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}, planned {plan.tensors[wrong[0]][1]}")
     disk.reserve(descriptor, plan.size)
     disk.write_past_cache(descriptor)
     whole, checksums, at = xxhash.xxh3_128(plan.head), bytearray(), len(plan.head)

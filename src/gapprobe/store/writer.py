@@ -247,6 +247,9 @@ class StoreWriter:
         if self._full is None:
             return
         if self._sealing is None:
+            # Derived anew: the try that failed may have dropped rows that another writer was first with.
+            arena = self._full[0]
+            self._full = arena, derive(self.header, arena)
             self._sealing = self._thread.submit(self._seal, *self._full)
         try:
             self._sealing.result()
