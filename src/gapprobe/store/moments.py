@@ -104,6 +104,7 @@ def by_position(
 ) -> tuple[Int64[Tensor, " p"], Float32[Tensor, "p l d"], Float32[Tensor, "p l d"]]:
     """Return count, mean and standard deviation of the tokens at each position; zeros where there are none."""
     at = [np.flatnonzero(marks.numpy() >> i & 1) for i in range(positions)]
+    # Filled here and not by torch.zeros, which wakes other threads too.
     mean, std = (fresh((positions, len(residual), residual.shape[2]), torch.float32) for _ in range(2))
     for i, tokens in enumerate(at):
         for layer, x in enumerate(residual):

@@ -89,7 +89,7 @@ class StoreWriter:
         self._schema = pa.schema([(ID, pa.string())])
         self._types: dict[str, set[pa.DataType]] = {}
         self._capacity = max(1, shard_bytes // token_bytes(header))
-        self._full: tuple[Arena, Mapping[str, Tensor]] | None = None
+        self._full: Arena | None = None
         self._spare: Arena | None = None
         self._taken: set[str] = set()
         self._thread = ThreadPoolExecutor(1, "gapprobe-store")
@@ -238,25 +238,23 @@ class StoreWriter:
         # Here rather than in the thread, which may still have the disk to wait for.
         derived = derive(self.header, self._filling)
         self._settle()
-        self._full = self._filling, derived
+        self._full = self._filling
         self._filling, self._spare = self._spare or Arena(self.header, self._capacity), None
-        self._sealing = self._thread.submit(self._seal, *self._full)
+        self._sealing = self._thread.submit(self._seal, self._full, derived)
 
     def _settle(self) -> None:
         """Wait until the rows handed over are sealed; try once more if that failed before."""
         if self._full is None:
             return
         if self._sealing is None:
-            # Derived anew: the try that failed may have dropped rows that another writer was first with.
-            arena = self._full[0]
-            self._full = arena, derive(self.header, arena)
-            self._sealing = self._thread.submit(self._seal, *self._full)
+            # The try that failed may have dropped rows that another writer was first with.
+            self._sealing = self._thread.submit(self._seal, self._full, derive(self.header, self._full))
         try:
             self._sealing.result()
         except Exception:
             self._sealing = None
             raise
-        arena, self._full, self._sealing = self._full[0], None, None
+        arena, self._full, self._sealing = self._full, None, None
         arena.clear()
         self._taken = set(self._filling.ids)
         # A batch larger than a shard made this one; its memory is not kept.
