@@ -91,6 +91,11 @@ def test_nonsense_is_refused(footer):
         assert list(claimed_sizes(content)) == []
 
 
+def test_a_field_of_another_number_is_passed_over():
+    footer = b"\x09\x88\x04\x16\x02\x00"  # field 4 + 2^8
+    assert list(claimed_sizes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")) == []
+
+
 @pytest.mark.parametrize(
     ("footer", "told"),
     [
@@ -100,6 +105,8 @@ def test_nonsense_is_refused(footer):
         (b"\x49\x1c\x19\x1c\x3c\x00\x00\x00\x00", "how large"),
         (b"\x16" + b"\xff" * 20, "64 bits"),
         (b"\x18\x7f", "too early"),
+        # Field 4 + 2^16, which is field 4 to readers that count in 16 bits.
+        (b"\x09\x88\x80\x08\x16\x02\x00", "numbers"),
     ],
 )
 def test_what_is_wrong_is_told(footer, told):

@@ -605,3 +605,25 @@ def test_a_try_after_rows_were_dropped_and_the_disk_failed_is_whole(tmp_path, mo
     assert verify_store(tmp_path) == []
     store = open_store(tmp_path)
     assert all(equal(store.row(row.id), row) for row in rows)
+
+
+def test_a_shard_that_is_not_as_planned_is_not_written(tmp_path, monkeypatch):
+    rows = [make_row(f"row {i}", 40) for i in range(3)]
+    real = writer_module.derive
+    monkeypatch.setattr(
+        writer_module,
+        "derive",
+        lambda *given: {name: part[..., :-1, :] if part.ndim > 1 else part for name, part in real(*given).items()},
+    )
+    with pytest.raises(ValueError, match="planned"), StoreWriter(tmp_path, HEADER) as writer:
+        writer.append(rows)
+    assert not open_store(tmp_path).ids
+
+
+def test_a_row_without_its_position_has_zeros_in_the_dense_copy(monkeypatch):
+    monkeypatch.setattr(arena, "fresh", lambda shape, dtype: torch.full(shape, torch.nan, dtype=dtype))
+    filled = arena.Arena(HEADER, 8)
+    for row in (make_row("a", 3), dataclasses.replace(make_row("b", 2), token_marks=torch.zeros(2, dtype=torch.uint8))):
+        filled.add(row)
+    assert filled.at_position(0)[:, 1].eq(0).all()
+    assert filled.at_position(0)[:, 0].isfinite().all()
