@@ -27,8 +27,12 @@ def whereabouts(path: Path) -> str:
     if listed_numbers(path) - {record.shard for record in read_manifest(path).records}:
         return "between publishing and the manifest"
     if drafts[ROWS] and drafts[SHARDS]:
-        with drafts[SHARDS][0].open("rb") as stream:
-            return "inside the shard's data" if stream.read(8) in (b"", bytes(8)) else "after the shard's header"
+        try:
+            with drafts[SHARDS][0].open("rb") as stream:
+                return "inside the shard's data" if stream.read(8) in (b"", bytes(8)) else "after the shard's header"
+        except FileNotFoundError:
+            # Who writes or tends beside it has just cleared it away.
+            return "around the temporaries"
     if drafts[SHARDS] or drafts[ROWS]:
         return "around the temporaries"
     return "between shards"
