@@ -5,7 +5,7 @@ is walked in blocks with a running log-sum-exp, so memory depends on neither n n
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,6 +28,7 @@ class Unembedding:
         gain: the norm's scale, or None for ones. Families that store the scale as an offset from one give 1 + offset.
         shift: the norm's bias, or None for zeros; LayerNorm only.
         eps: added to the mean square under the root.
+        cap: logits are bent to cap · tanh(logit / cap) (Gemma 2), or None.
     """
 
     weight: Float[Tensor, "v d"]
@@ -36,6 +37,7 @@ class Unembedding:
     gain: Float[Tensor, " d"] | None = None
     shift: Float[Tensor, " d"] | None = None
     eps: float = 1e-6
+    cap: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse shapes that do not fit and norms that are not known."""
@@ -52,6 +54,11 @@ class Unembedding:
         if self.norm == "rms" and self.shift is not None:
             raise ValueError("an RMS norm has no shift")
 
+    def to(self, device: str | torch.device) -> "Unembedding":
+        """Return the same on another device."""
+        vectors = {name: getattr(self, name) for name in ("weight", "bias", "gain", "shift")}
+        return replace(self, **{name: v if v is None else v.to(device) for name, v in vectors.items()})
+
 
 @dataclass(frozen=True)
 class TokenStanding:
@@ -67,6 +74,7 @@ def reference(x: Float[Tensor, "n d"], unembedding: Unembedding, targets: Int[Te
     logits = einsum(h, unembedding.weight.double(), "n d, v d -> n v")
     if unembedding.bias is not None:
         logits = logits + unembedding.bias.double()
+    logits = _capped(logits, unembedding.cap)
     target = logits.gather(1, targets.long()[:, None])
     log_prob = target[:, 0] - torch.logsumexp(logits, dim=1)
     return TokenStanding(log_prob, 1 + reduce(logits > target, "n v -> n", "sum").long())
@@ -108,7 +116,7 @@ def _block(
     h: Float32[Tensor, "n d"], unembedding: Unembedding, targets: Int64[Tensor, " n"]
 ) -> tuple[Float64[Tensor, " n"], Int64[Tensor, " n"]]:
     target_bias = 0.0 if unembedding.bias is None else unembedding.bias[targets].double()
-    target = (h.double() * unembedding.weight[targets].double()).sum(1) + target_bias
+    target = _capped((h.double() * unembedding.weight[targets].double()).sum(1) + target_bias, unembedding.cap)
     top = torch.full_like(target, -math.inf)
     total = torch.zeros_like(target)
     above = torch.zeros_like(targets)
@@ -117,6 +125,7 @@ def _block(
         logits = h @ unembedding.weight[words].float().T
         if unembedding.bias is not None:
             logits += unembedding.bias[words].float()
+        logits = _capped(logits, unembedding.cap)
         # The target's own column may differ from `target` in the last bit (another order of summation): never count it.
         own = torch.nonzero((targets >= start) & (targets < start + logits.shape[1]))[:, 0]
         larger = logits > target.float()[:, None]
@@ -126,6 +135,10 @@ def _block(
         total = total * torch.exp(top - new_top) + torch.exp(logits - new_top.float()[:, None]).sum(1).double()
         top = new_top
     return (target - top - torch.log(total)).clamp(max=0.0), 1 + above
+
+
+def _capped(logits: Float[Tensor, "..."], cap: float | None) -> Float[Tensor, "..."]:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _normed(x: Float[Tensor, "n d"], unembedding: Unembedding) -> Float[Tensor, "n d"]:

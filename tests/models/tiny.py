@@ -104,18 +104,6 @@ def build(kind: str, *, chat: bool = True, seed: int = 0) -> tuple[PreTrainedMod
     return model.eval(), processor
 
 
-def fresh(kind: str, *, chat: bool = True, dtype: torch.dtype = torch.float32) -> Model:
-    """Return `build(kind)` through `load_model`, for a test that changes it."""
-    model, processor = build(kind, chat=chat)
-    return load_model(model.to(dtype), processor=processor)
-
-
-@cache
-def loaded(kind: str) -> Model:
-    """Return `fresh(kind)`, made once for all tests: never change it."""
-    return fresh(kind)
-
-
 def picture(seed: int, width: int = 40, height: int = 30) -> PIL.Image.Image:
     """Return an RGB picture of noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

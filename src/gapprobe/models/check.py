@@ -12,13 +12,14 @@ from typing import Any, cast
 import numpy as np
 import PIL.Image
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
 from gapprobe.errors import ModelError
 from gapprobe.kernels.logit_lens import reference
 from gapprobe.models.model import Model
-from gapprobe.models.trace import Traced, trace
+from gapprobe.models.trace import trace
 
 PROMPTS = ("Question: What is this? Answer:", "Look at the image. Question: What is the capital of France? Answer:")
 SIZES = ((48, 40), (36, 56))
@@ -78,51 +79,66 @@ def check_model(model: Model) -> ModelCheck:
     dtype. A wrong position, layer or norm gives errors of 0.03 to 1, so check in float32 where you can: bfloat16 hides
     the smaller ones.
     """
-    images = [_noise(seed, *size) for seed, size in enumerate(SIZES)]
+    images = [_noise(seed, *size) for seed, size in enumerate(SIZES)] if model.family.modality == "image" else None
     inputs = model.encode(PROMPTS, images)
-    mask = inputs["attention_mask"].bool()
     top = model.n_layers
-    bound = min(16 * torch.finfo(model.hf.dtype).eps * (top + 1) ** 0.5, 0.2)
+    bound = min(16 * torch.finfo(model.dtype).eps * (top + 1) ** 0.5, 0.2)
+    ours, theirs, logits = _traced(model, inputs), *_told(model, inputs)
+    norms = [path for path in (model.family.encoder_norm, model.family.final_norm) if path]
+    mask = inputs["attention_mask"].bool().cpu()
+    # An encoder-decoder's prompt stands in its encoder; its decoder reads one start token a row.
+    masks = [mask, torch.ones(len(mask), 1, dtype=torch.bool)][: len(norms)]
 
-    traced = _trace_all(model, inputs)
-    stream = traced.residual
-    output = cast(Any, model.hf)(**inputs, output_hidden_states=True, use_cache=False)
-    owner = getattr(output, model.family.hidden_states) if model.family.hidden_states else output
-    theirs = owner.hidden_states
-    if len(theirs) != top + 1:
-        raise ModelError(f"{model.source}: {top} blocks were found, but transformers returns {len(theirs) - 1}")
-
-    unequal = max(_difference(stream[:, layer][mask], theirs[layer][mask]) for layer in range(top))
-    final = cast(Any, model.part(model.family.final_norm))(stream[:, top])
-    normed = _distance(final[mask], theirs[top][mask])
+    unequal, normed = 0.0, 0.0
+    for stream, states, path, real in zip(ours, theirs, norms, masks, strict=True):
+        if len(states) != top + 1:
+            raise ModelError(f"{model.source}: {top} blocks were found, but transformers returns {len(states) - 1}")
+        unequal = max(unequal, *(_difference(stream[i][real], states[i][real]) for i in range(top)))
+        norm = cast(Any, model.part(path))
+        last = norm(stream[top].to(next(norm.parameters()).device)).cpu()
+        normed = max(normed, _distance(last[real], states[top][real]))
     apart: list[float] = []
-    for i, (prompt, image) in enumerate(zip(PROMPTS, images, strict=True)):
-        alone = _trace_all(model, model.encode([prompt], [image])).residual[0]
-        apart += [_distance(stream[i, layer][mask[i]], alone[layer]) for layer in range(top + 1)]
+    for i, prompt in enumerate(PROMPTS):
+        alone = _traced(model, model.encode([prompt], images and [images[i]]))
+        for stream, single, real in zip(ours, alone, masks, strict=True):
+            apart += [_distance(stream[layer, i][real[i]], single[layer, 0]) for layer in range(top + 1)]
     return ModelCheck(
-        f"{model.source} ({model.family.name}, {top} blocks, {str(model.hf.dtype).removeprefix('torch.')})",
+        f"{model.source} ({model.family.name}, {top} blocks, {str(model.dtype).removeprefix('torch.')})",
         (
             Check(f"layers 0 to {top - 1} are output_hidden_states, bit for bit", unequal, 0.0),
             Check(f"layer {top} through the final norm is the last of them", normed, bound),
             Check("a batch gives what its rows give alone", max(apart), bound),
-            Check(f"the logits follow from layer {top}", _lens_error(model, traced), bound),
+            Check(f"the logits follow from layer {top}", _lens_error(model, ours[-1][top, :, -1], logits), bound),
         ),
     )
 
 
-def _trace_all(model: Model, inputs: dict[str, Tensor]) -> Traced:
-    n, t = inputs["input_ids"].shape
-    columns = torch.arange(t, device=inputs["input_ids"].device).expand(n, t)
-    return trace(model, inputs, columns, range(model.n_layers + 1))
+def _traced(model: Model, inputs: dict[str, Tensor]) -> list[Float[Tensor, "l n t d"]]:
+    """Return all layers of all tokens of the prompts and, of an encoder-decoder, of the decoder's start token."""
+    n, t = inputs["attention_mask"].shape
+    found = trace(model, inputs, torch.arange(n * t), range(model.n_layers + 1))
+    prompt = rearrange(found.prompt, "l (n t) d -> l n t d", n=n)
+    return [prompt, rearrange(found.spoken, "1 l n d -> l n 1 d")] if model.family.encoder else [prompt]
 
 
-def _lens_error(model: Model, traced: Traced) -> float:
-    """Compare the log-probabilities of the last column with those that the lens finds from the last layer."""
-    logits = traced.logits[:, -1].double()
-    unembedding = model.unembedding()
+def _told(
+    model: Model, inputs: dict[str, Tensor]
+) -> tuple[list[list[Float[Tensor, "n t d"]]], Float[Tensor, "n v"]]:
+    """Return what transformers itself tells of the same: hidden states, and the logits of the first new token."""
+    generator = cast(Any, model.part("" if model.has_media(inputs) else model.family.generator))
+    config = model.greedy(1, return_dict_in_generate=True, output_hidden_states=True, output_logits=True)
+    with model.only_asked(config):
+        told = generator.generate(**inputs, generation_config=config)
+    stacks = [told.encoder_hidden_states, told.decoder_hidden_states[0]] if model.family.encoder else [told.hidden_states[0]]
+    return [[states.cpu() for states in stack] for stack in stacks], told.logits[0].cpu()
+
+
+def _lens_error(model: Model, last: Float[Tensor, "n d"], logits: Float[Tensor, "n v"]) -> float:
+    """Compare the log-probabilities of the first new token with those that the lens finds from the last layer."""
+    logits, unembedding = logits.double(), model.unembedding().to("cpu")
     errors: list[Tensor] = []
     for targets in (logits.argmax(1), logits.argmin(1)):
-        found = reference(traced.residual[:, -1, -1], unembedding, targets).log_prob
+        found = reference(last, unembedding, targets).log_prob
         errors.append((found - logits.log_softmax(1).gather(1, targets[:, None])[:, 0]).abs())
     return (torch.stack(errors).max() / logits.std()).nan_to_num(nan=torch.inf).item()
 

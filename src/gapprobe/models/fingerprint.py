@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 def of_files(paths: Sequence[Path]) -> str:
@@ -38,21 +38,28 @@ def of_config(config: dict[str, Any]) -> str:
     return _of_json(_without(config, {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}))
 
 
-def of_processor(processor: ProcessorMixin) -> str:
+def of_processor(processor: ProcessorMixin | PreTrainedTokenizerBase) -> str:
     """Return a SHA-256 of the image processing, the tokenizers and the chat template."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        template = {"chat_template": processor.chat_template}
+        return _of_json(template | {"tokenizer": _tokenizer(processor)})
     parts: dict[str, Any] = {"class": type(processor).__name__, "chat_template": processor.chat_template}
     parts["scalars"] = {k: v for k, v in vars(processor).items() if isinstance(v, str | int | float | bool)}
     for name in sorted(processor.get_attributes()):
         part = getattr(processor, name)
-        if hasattr(part, "backend_tokenizer"):
-            tokenizer = json.loads(part.backend_tokenizer.to_str())
-            # Padding and truncation are what the latest call asked for, not what the tokenizer is.
-            parts[name] = tokenizer | {"padding": None, "truncation": None, "side": part.padding_side}
-        elif hasattr(part, "get_vocab"):
-            parts[name] = {"vocabulary": part.get_vocab(), "special": str(part.special_tokens_map)}
+        if hasattr(part, "get_vocab"):
+            parts[name] = _tokenizer(part)
         else:
             parts[name] = part.to_dict()
     return _of_json(parts)
+
+
+def _tokenizer(part: Any) -> dict[str, Any]:
+    if not hasattr(part, "backend_tokenizer"):
+        return {"vocabulary": part.get_vocab(), "special": str(part.special_tokens_map)}
+    # Padding and truncation are what the latest call asked for, not what the tokenizer is.
+    tokenizer = json.loads(part.backend_tokenizer.to_str())
+    return tokenizer | {"padding": None, "truncation": None, "side": part.padding_side}
 
 
 def _without(value: Any, keys: set[str]) -> Any:

@@ -1,4 +1,4 @@
-"""A loaded model with its processor: from texts and images to the tensors of a batch. Nothing is run here.
+"""A loaded model with its processor: from texts and pictures to the tensors of a batch. Nothing is run here.
 
 All batches are padded on the left, so that every prompt ends in the same column.
 """
@@ -8,33 +8,38 @@ from __future__ import annotations
 import json
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import PIL.Image
-from jaxtyping import Int
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from gapprobe.errors import DataError, ModelError
 from gapprobe.kernels.logit_lens import Unembedding
 from gapprobe.models import fingerprint
-from gapprobe.models.families import Family
+from gapprobe.models.families.base import Family
+from gapprobe.models.layouts import LAYOUTS
+from gapprobe.models.norms import read_norm
 
-# Norms whose arithmetic is x / rms(x) * weight. Others of the same look (Gemma's adds one to the weight) are refused.
-RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm"})
+# Tokens by which processors put pictures, films and sound into a prompt.
+MEDIA_TOKENS = ("image_token", "boi_token", "video_token", "audio_token")
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A vision-language model that can be traced. Make it with `load_model`.
+    """A model that can be traced. Make it with `load_model`.
 
     Attributes:
         hf: the Hugging Face model, in evaluation mode.
-        processor: its processor; pads on the left.
+        processor: its processor, or the tokenizer of a model that only reads text; pads on the left.
         family: where the parts are.
         source: the hub id or folder as it was given, or the class of an instantiated model.
         revision: commit of a hub model, else "".
@@ -42,7 +47,7 @@ class Model:
     """
 
     hf: PreTrainedModel = field(repr=False)
-    processor: ProcessorMixin = field(repr=False)
+    processor: ProcessorMixin | PreTrainedTokenizerBase = field(repr=False)
     family: Family
     source: str
     revision: str = ""
@@ -51,7 +56,12 @@ class Model:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer of the language model."""
-        return cast(Any, self.processor).tokenizer
+        return cast(Any, getattr(self.processor, "tokenizer", self.processor))
+
+    @property
+    def text_config(self) -> Any:
+        """Return the configuration of the language model."""
+        return cast(Any, self.hf.config).get_text_config(decoder=True)
 
     @property
     def n_layers(self) -> int:
@@ -61,7 +71,13 @@ class Model:
     @property
     def width(self) -> int:
         """Return the width of the residual stream."""
-        return int(cast(Any, self.hf.config).text_config.hidden_size)
+        return int(self.text_config.hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the residual stream."""
+        # The model's own word is the dtype of its first parameter, and some keep a few in float32.
+        return cast(Any, self.hf).get_input_embeddings().weight.dtype
 
     @property
     def parameters(self) -> int:
@@ -71,24 +87,45 @@ class Model:
     @property
     def attention(self) -> str:
         """Return the attention implementation of the language model, as transformers names it."""
-        config = cast(Any, self.hf.config)
         # transformers has no public name for it.
-        return str(config.text_config._attn_implementation or config._attn_implementation)
+        return str(self.text_config._attn_implementation or cast(Any, self.hf.config)._attn_implementation)
+
+    @property
+    def media_token_id(self) -> int | None:
+        """Return the vocabulary number of the token that stands for image or sound; None where there is none."""
+        path = self.family.placeholder
+        return int(operator.attrgetter(path)(self.hf.config)) if path else None
+
+    @property
+    def media_token(self) -> str:
+        """Return the token that stands for image or sound in a prompt."""
+        return str(cast(Any, self.processor).audio_token if self.family.modality == "audio" else self.image_token)
 
     @property
     def image_token(self) -> str:
-        """Return the token that stands for the image in a prompt."""
-        return str(cast(Any, self.processor).image_token)
+        """Return what a prompt holds in the place of the picture."""
+        # Gemma 3 puts the tokens of the picture behind a token of their beginning.
+        processor = cast(Any, self.processor)
+        return str(getattr(processor, "boi_token", None) or processor.image_token)
 
-    @property
-    def image_token_id(self) -> int:
-        """Return the vocabulary number of the image token."""
-        return int(cast(Any, self.hf.config).image_token_id)
+    @cached_property
+    def _media_tokens(self) -> frozenset[str]:
+        """Return all tokens by which the processor puts pictures, films and sound into a prompt."""
+        found = {str(token) for name in MEDIA_TOKENS if (token := getattr(self.processor, name, None))}
+        if self.media_token_id is not None:
+            # Gemma 3's processor puts others in the place of the one that a prompt holds.
+            found.add(str(cast(Any, self.tokenizer).convert_ids_to_tokens(self.media_token_id)))
+        return frozenset(found)
 
     @property
     def pad_token_id(self) -> int:
         """Return the token that pads, always masked."""
         return int(cast(Any, self.tokenizer).pad_token_id)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Return the tokens that the decoder of an encoder-decoder reads before its answer; none of other models."""
+        return (int(self.text_config.decoder_start_token_id),) if self.family.encoder else ()
 
     @cached_property
     def traced(self) -> Any:
@@ -97,13 +134,44 @@ class Model:
         from nnsight import NNsight
 
         with warnings.catch_warnings():
-            # It renames the Q-Former's submodules called "output", which no family row names.
+            # It renames the Q-Former's submodules called "output", which no family names.
             warnings.filterwarnings("ignore", message=".*has a submodule named 'output'")
             return NNsight(self.hf)
 
     def part(self, path: str) -> nn.Module:
         """Return the module at a dotted path of the family's row; "" is the whole model."""
         return cast(nn.Module, operator.attrgetter(path)(self.hf)) if path else self.hf
+
+    def greedy(self, steps: int, **more: Any) -> GenerationConfig:
+        """Return generation settings that take the most probable token, so many times, and nothing else."""
+        start = {"decoder_start_token_id": self.starts[0]} if self.starts else {}
+        return GenerationConfig(
+            max_new_tokens=steps, do_sample=False, pad_token_id=self.pad_token_id, use_cache=steps > 1, **start, **more
+        )
+
+    @contextmanager
+    def only_asked(self, config: GenerationConfig) -> Generator[None]:
+        """Put `config` in place of the model's generation settings, which else fill whatever a caller leaves open."""
+        modules = [cast(Any, module) for module in {self.hf, self.part(self.family.generator)}]
+        before = [module.generation_config for module in modules]
+        for module in modules:
+            module.generation_config = config
+        try:
+            yield
+        finally:
+            for module, own in zip(modules, before, strict=True):
+                module.generation_config = own
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Return the tokens that end an answer."""
+        found: list[int | None] = [cast(Any, self.tokenizer).eos_token_id]
+        # What a folder says of generation does not reach a language model inside the model.
+        for module in (self.hf, self.part(self.family.generator)):
+            config = cast(Any, module).generation_config
+            own: int | list[int] | None = config.eos_token_id if config is not None else None
+            found += own if isinstance(own, list) else [own]
+        return frozenset(end for end in found if end is not None)
 
     def describe(self) -> dict[str, str]:
         """Return what the header of a store says of the model. Reads all weights once, for their fingerprint."""
@@ -114,7 +182,7 @@ class Model:
             "family": self.family.name,
             "weights": self.weights_fingerprint,
             "config": self.config_fingerprint,
-            "dtype": str(self.hf.dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
 
     @cached_property
@@ -134,20 +202,32 @@ class Model:
         """Return a hash of the image processing, the tokenizers and the chat template."""
         return fingerprint.of_processor(self.processor)
 
+    @staticmethod
+    def has_media(inputs: dict[str, Tensor]) -> bool:
+        """Return whether a batch that `encode` made has pictures or sound."""
+        return any(name.startswith(("pixel_values", "input_features")) for name in inputs)
+
     def refuse_text(self, text: str) -> None:
         """Raise DataError for a text that cannot be a prompt: an empty one, or one that holds the image token."""
         if not text.strip():
             raise DataError("the prompt is empty")
-        if self.image_token in text:
-            raise DataError(f"the prompt holds the image token {self.image_token}, which only gapprobe may place")
+        for token in self._media_tokens:
+            if token in text:
+                raise DataError(f"the prompt holds the token {token}, which stands for image, film or sound: only gapprobe may place it")
 
     def render(self, text: str, *, with_image: bool) -> str:
         """Return the prompt with the image token and all that the chat template puts around it."""
         if self.processor.chat_template:
-            content = [{"type": "image"}] * with_image + [{"type": "text", "text": text}]
+            if isinstance(self.processor, PreTrainedTokenizerBase):
+                content: Any = text
+            else:
+                content = [{"type": self.family.modality}] * with_image + [{"type": "text", "text": text}]
             messages = [{"role": "user", "content": content}]
-            return str(cast(Any, self.processor).apply_chat_template(messages, add_generation_prompt=True))
-        return self.family.prompt.format(image=self.image_token, text=text) if with_image else text
+            template = cast(Any, self.processor).apply_chat_template
+            return str(template(messages, add_generation_prompt=True, tokenize=False))
+        if with_image:
+            return self.family.prompt.format(image=self.media_token, text=text)
+        return self.family.bare.format(bos=self.tokenizer.bos_token, text=text)
 
     def encode(self, texts: Sequence[str], images: Sequence[PIL.Image.Image] | None = None) -> dict[str, Tensor]:
         """Return the tensors of one batch, all with images or all without, on the model's device.
@@ -163,30 +243,49 @@ class Model:
             self.refuse_text(text)
         if images is not None and len(images) != len(texts):
             raise DataError(f"{len(texts)} prompts came with {len(images)} images")
+        if images is not None and self.family.modality != "image":
+            raise DataError(f"{self.source} ({self.family.name}) reads no images")
         prompts = [self.render(text, with_image=images is not None) for text in texts]
-        bos = self.tokenizer.bos_token
         options: dict[str, Any] = {"text": prompts, "padding": True, "return_tensors": "pt"}
-        if isinstance(bos, str) and prompts[0].startswith(bos):
-            options["add_special_tokens"] = False  # the chat template has put it there
+        if self.begun(prompts[0]):
+            options["add_special_tokens"] = False
         if images is None:
-            encoded = dict(cast(Any, self.tokenizer)(**options))
-            inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+            encoded = dict(cast(Any, self.tokenizer)(**options, return_token_type_ids=self.family.token_types))
+            inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
         else:
-            inputs = dict(cast(Any, self.processor)(images=list(images), **options))
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.hf.dtype)
-        # Without these, transformers counts padding as positions in a plain forward (it does not in `generate`).
-        inputs["position_ids"] = positions_of(inputs["attention_mask"])
-        return {name: tensor.to(self.hf.device) for name, tensor in inputs.items()}
+            # A list for each text: some processors do not see from a flat one which text a picture is of.
+            inputs = dict(cast(Any, self.processor)(images=[[image] for image in images], **options))
+            # PaliGemma's makes some, and the model would compute a loss.
+            inputs.pop("labels", None)
+        inputs = _padded_in_front(inputs)
+        dtype, device = self.dtype, self.hf.device
+        return {
+            name: tensor.to(device, dtype if torch.is_floating_point(tensor) else tensor.dtype)
+            for name, tensor in inputs.items()
+        }
+
+    def boxes(self, inputs: dict[str, Tensor], row: int, size: tuple[int, int]) -> Float[np.ndarray, "k 4"] | None:
+        """Return where the image tokens of a row lie in its picture, which is so wide and high; None if nowhere.
+
+        Left, top, right and bottom are shares of the picture; a token without a place (the end of a line) has no area.
+        """
+        return LAYOUTS[self.family.layout](self, inputs, row, size) if self.family.layout else None
+
+    def begun(self, prompt: str) -> bool:
+        """Return whether a rendered prompt begins with the token that the tokenizer would put in front."""
+        bos = self.tokenizer.bos_token
+        return isinstance(bos, str) and prompt.startswith(bos)
 
     def refuse_long(self, inputs: dict[str, Tensor], new_tokens: int) -> list[str | None]:
         """Return for each row of a batch why it is too long for the model, or None."""
-        config = cast(Any, self.hf.config)
-        limit = int(config.text_config.max_position_embeddings)
-        told = f"tokens and {new_tokens} for the answer, but the model reads {limit} in all"
         lengths = inputs["attention_mask"].sum(1).tolist()
-        reasons = [f"the prompt has {n} {told}" if n + new_tokens > limit else None for n in lengths]
+        reasons: list[str | None] = [None] * len(lengths)
+        limit: int | None = getattr(self.text_config, "max_position_embeddings", None)
+        if limit is not None:
+            told = f"tokens and {new_tokens} for the answer, but the model reads {limit} in all"
+            reasons = [f"the prompt has {n} {told}" if n + new_tokens > limit else None for n in lengths]
         if "qformer_attention_mask" in inputs:
-            limit = int(config.qformer_config.max_position_embeddings)
+            limit = int(cast(Any, self.hf.config).qformer_config.max_position_embeddings)
             for row, n in enumerate(inputs["qformer_attention_mask"].sum(1).tolist()):
                 if n > limit:
                     reasons[row] = f"the prompt has {n} tokens for the Q-Former, which reads {limit}"
@@ -199,14 +298,19 @@ class Model:
             ModelError: the final norm is of a kind whose arithmetic is not known.
         """
         head = cast(nn.Linear, self.part(self.family.unembedding))
-        norm = cast(Any, self.part(self.family.final_norm))
-        kind = type(norm).__name__
-        if kind in RMS_NORMS:
-            return Unembedding(head.weight, head.bias, "rms", gain=norm.weight, eps=float(norm.variance_epsilon))
-        if isinstance(norm, nn.LayerNorm):
-            return Unembedding(head.weight, head.bias, "layer", norm.weight, norm.bias, norm.eps)
-        known = ", ".join([*sorted(RMS_NORMS), "LayerNorm"])
-        raise ModelError(f"{self.source}: the final norm {kind} is not known to gapprobe; it knows {known}")
+        norm = self.part(self.family.final_norm)
+        found = read_norm(norm, self.width)
+        if found is None:
+            raise ModelError(
+                f"{self.source}: the final norm {type(norm).__name__} is neither a root-mean-square norm nor a "
+                "LayerNorm, so the logit lens cannot apply it"
+            )
+        gain = found.gain
+        if getattr(self.text_config, "scale_decoder_outputs", False):
+            # T5 with one matrix for words in and out.
+            gain = (1.0 if gain is None else gain.float()) * torch.full((self.width,), self.width**-0.5)
+        cap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
+        return Unembedding(head.weight, head.bias, found.kind, gain, found.shift, found.eps, cap)
 
     def first_token(self, answer: str, prompt: str = "Answer:") -> int:
         """Return the first token of `answer` when it follows `prompt` and a space: a target for the logit lens.
@@ -224,6 +328,13 @@ class Model:
         return int(long[same])
 
 
-def positions_of(mask: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
-    """Return position ids that count the real tokens only, wherever the padding lies."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+def _padded_in_front(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch with all padding in front of each row.
+
+    BLIP's processors put their image tokens in front of what is padded already. In between, padding would move the text
+    away from the picture for a T5, whose positions are relative and know nothing of a mask.
+    """
+    mask = inputs["attention_mask"]
+    order = mask.argsort(dim=1, stable=True)
+    names = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    return inputs | {name: inputs[name].gather(1, order) for name in names if name in inputs}

@@ -1,12 +1,15 @@
-"""One traced forward pass: the residual stream at chosen columns of every chosen layer, and the last logits.
+"""One traced call of a model: the residual stream of chosen tokens at chosen layers, while the model answers.
 
 Layer 0 is what the first block reads (embeddings with the image features merged), layer l what block l returns; all of
-them before the final norm. Nothing is chosen or stored here.
+them before the final norm. The call is the model's own `generate`: its first step reads the prompt, each later one reads
+the token before, so that prompt and answer cost what answering costs and positions are what the model itself makes of
+the padding. Nothing is chosen, picked or stored here.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,51 +17,94 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from gapprobe.models.model import Model
+from gapprobe.models.offload import Offload
 
 
 @dataclass(frozen=True)
 class Traced:
-    """What leaves the trace: residuals by row, layer, column, in the model's dtype; logits of the last columns."""
+    """What leaves the trace, in main memory.
 
-    residual: Float[Tensor, "n l t d"]
-    logits: Float[Tensor, "n k v"]
+    Attributes:
+        prompt: by layer, kept token (in the order asked for) and width.
+        spoken: by step, layer, row and width: what the decoder read one token at a time. Of an encoder-decoder, step 0
+            is the start token; of a decoder, the first generated token.
+    """
+
+    prompt: Float[Tensor, "l m d"]
+    spoken: Float[Tensor, "s l n d"]
 
 
 @torch.no_grad()
 def trace(
-    model: Model, inputs: dict[str, Tensor], columns: Int[Tensor, "n t"], layers: Sequence[int], last: int = 1
+    model: Model,
+    inputs: dict[str, Tensor],
+    keep: Int[Tensor, " m"],
+    layers: Sequence[int],
+    *,
+    picker: LogitsProcessor | None = None,
+    ending: StoppingCriteria | None = None,
+    steps: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Traced:
-    """Run one forward pass and keep the residuals of `columns` (an index into the padded batch) after each of `layers`.
+    """Let the model answer, and keep the residual stream on the way.
 
     Args:
         model: the model.
-        inputs: what `Model.encode` returned.
-        columns: for each row, which tokens to keep.
+        inputs: what `Model.encode` returned, n rows padded to t tokens.
+        keep: which tokens of the prompts, as row · t + column.
         layers: numbers from 0 to `model.n_layers`, rising.
-        last: how many columns, counted from the end, to return logits of.
+        picker: sees the logits of each step, `[n v]`; the largest that it returns is the next token.
+        ending: says after each step which rows are done.
+        steps: the most steps; 1 reads the prompt and no answer.
+        dtype: of what is kept; the model's own by default.
     """
-    rows = torch.arange(len(columns), device=columns.device)[:, None]
-    wanted = frozenset(layers)
+    family, wanted = model.family, frozenset(layers)
     # Without image the outer model of some families cannot run; its language model alone is the same function then.
-    path = "" if "pixel_values" in inputs else model.family.generator
+    path = "" if model.has_media(inputs) else family.generator
     entry = operator.attrgetter(path)(model.traced) if path else model.traced
-    blocks = operator.attrgetter(model.family.blocks)(model.traced)
-    head = operator.attrgetter(model.family.unembedding)(model.traced)
-    # Indexing by rows and columns copies; a slice would be a view that keeps the whole batch alive.
-    kept: list[Tensor] = []
-    logits: list[Tensor] = []
-    with entry.trace(**inputs, use_cache=False, logits_to_keep=last):
+    decoder = operator.attrgetter(family.blocks)(model.traced)
+    encoder = operator.attrgetter(family.encoder)(model.traced) if family.encoder else None
+    n, size = len(inputs["attention_mask"]), (len(layers), model.width)
+    kept = Offload(size[0], len(keep), size[1], dtype or model.dtype, model.hf.device)
+    keep = keep.to(model.hf.device)
+    spoken: list[Offload] = []
+    rows = torch.arange(n, device=model.hf.device)
+
+    def read(blocks: Any, out: Offload, lines: Tensor) -> None:
         if 0 in wanted:
-            kept.append(blocks[0].input[rows, columns])
+            out.take(blocks[0].input, lines)
         for number, block in enumerate(blocks, start=1):
             if number in wanted:
-                kept.append(_hidden(block.output)[rows, columns])
-        logits.append(head.output)
-    return Traced(torch.stack(kept, dim=1), logits[0])
+                out.take(_hidden(block.output), lines)
+
+    def step(number: int) -> None:
+        if number == 0 and encoder is None:
+            read(decoder, kept, keep)
+        else:
+            spoken.append(Offload(size[0], n, size[1], kept.dtype, model.hf.device))
+            read(decoder, spoken[-1], rows)
+
+    config = model.greedy(steps)
+    options = {
+        "generation_config": config,
+        "logits_processor": LogitsProcessorList([] if picker is None else [picker]),
+        "stopping_criteria": StoppingCriteriaList([] if ending is None else [ending]),
+    }
+    with model.only_asked(config), warnings.catch_warnings():
+        # How an open loop over the steps ends when the answer does.
+        warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
+        with entry.trace(**inputs, **options, fn="generate") as tracer:
+            if encoder is not None:
+                read(encoder, kept, keep)
+            for number in tracer.iter[:]:
+                step(number)
+    done = [out.result() for out in spoken if out.full]
+    return Traced(kept.result(), torch.stack(done) if done else torch.empty(0, size[0], n, size[1], dtype=kept.dtype))
 
 
 def _hidden(output: Any) -> Tensor:
-    """Return a block's hidden states; some versions of transformers return them in a tuple."""
+    """Return a block's hidden states; T5 and some versions of transformers return them in a tuple."""
     return output[0] if isinstance(output, tuple) else output

@@ -46,7 +46,10 @@ BLOCK = 1 << 20
 DTYPES: Mapping[str, tuple[str, torch.dtype]] = MappingProxyType(
     {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
 )
-_ROLES = ("other", "image", "system", "question", "entity", "reference", "answer_cue", "answer", "padding", "query")
+_ROLES = (
+    *("other", "image", "system", "question", "entity", "reference", "answer_cue", "answer", "padding", "query"),
+    *("audio", "start"),
+)
 ROLES: Mapping[str, int] = MappingProxyType({name: code for code, name in enumerate(_ROLES)})
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _RECORDED = ("model.source", "model.revision", "versions.")

@@ -125,11 +125,13 @@ class Study:
 
     @cached_property
     def _ids(self) -> dict[Call, str]:
+        from gapprobe.tracing.answers import Decoding
         from gapprobe.tracing.plan import row_ids
-        from gapprobe.tracing.run import generation_settings
+        from gapprobe.tracing.positions import parse_positions
 
-        generation = generation_settings(self.config.max_new_tokens, self.template.stop)
-        return dict(zip(self._calls, row_ids(list(self._calls.values()), POSITIONS, generation), strict=True))
+        decoding = Decoding(self.config.max_new_tokens, (self.template.stop,))
+        ids = row_ids(list(self._calls.values()), parse_positions(POSITIONS), decoding)
+        return dict(zip(self._calls, ids, strict=True))
 
     def row_of(self, example: Example) -> str:
         """Return the id of the row that holds a call."""

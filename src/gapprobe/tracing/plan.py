@@ -8,41 +8,46 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gapprobe.errors import DataError
+import psutil
+
+from gapprobe.errors import DataError, OutputError
 from gapprobe.files import require_room, told_bytes
+from gapprobe.store.format import DTYPES
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageSource
+from gapprobe.tracing.answers import Decoding
+from gapprobe.tracing.batch import Batches
+from gapprobe.tracing.positions import Position
 
 # Of one row, beside its residuals: text, answer, log-probabilities and the caller's columns, before compression.
 TABLE_BYTES = 2048
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Examples that are encoded before the start, to know how many tokens a row keeps.
+SAMPLE = 16
 
 
-def row_id(example: Example, positions: Sequence[str], generation: Mapping[str, str | int | float]) -> str:
-    """Return the id of one call: a SHA-256 over its text, its image's bytes, the positions and how it is answered.
+def row_ids(examples: Sequence[Example], positions: Sequence[Position], decoding: Decoding) -> list[str]:
+    """Return the id of each call: a SHA-256 over its text, its image's bytes, the positions and how it is answered.
 
-    An image that cannot be read counts by its name, so that mending it makes another row.
+    An image that cannot be read counts by its name, so that mending it makes another row. What stretches of the text
+    are (`Example.spans`) counts where a position asks for roles.
     """
-    return row_ids([example], positions, generation)[0]
-
-
-def row_ids(
-    examples: Sequence[Example], positions: Sequence[str], generation: Mapping[str, str | int | float]
-) -> list[str]:
-    """Return `row_id` of each example, reading each image once."""
-    settings = json.dumps([list(positions), dict(generation)], sort_keys=True)
+    names = [f"{p.name}={p.rule}" if p.renamed else p.name for p in positions]
+    settings = json.dumps([names, dict(decoding.described)], sort_keys=True)
+    by_role = any(position.by_role for position in positions)
     images: dict[ImageSource | None, str] = {None: "none"}
     ids: list[str] = []
     for example in examples:
         if example.image not in images:
             images[example.image] = _identity(example.image)
         # JSON keeps the parts apart, whatever characters they hold.
-        whole = json.dumps([settings, images[example.image], example.text])
-        ids.append(hashlib.sha256(whole.encode()).hexdigest())
+        parts: list[object] = [settings, images[example.image], example.text]
+        if by_role and example.spans:
+            parts.append({role: sorted(map(list, spans)) for role, spans in example.spans.items()})
+        ids.append(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
     return ids
 
 
@@ -73,32 +78,89 @@ def batches(examples: Sequence[Example], ids: Sequence[str], batch_size: int) ->
 
 
 @dataclass(frozen=True)
-class DiskNeed:
-    """What rows will take on disk: residuals, and the table beside them."""
+class Need:
+    """What rows will take: on disk, and in memory while a batch of them is captured.
+
+    Attributes:
+        rows: how many rows are missing.
+        layers: how many layers each keeps.
+        tokens: how many tokens each keeps, on average.
+        longest: the most tokens that a row of the sample keeps.
+        width: of the residual stream.
+        dtype: of what is stored.
+        batch_size: rows run at once.
+    """
 
     rows: int
     layers: int
-    positions: int
+    tokens: float
+    longest: int
     width: int
     dtype: str
+    batch_size: int
+
+    @classmethod
+    def of(cls, run: Batches, examples: Sequence[Example], ids: Sequence[str], missing: Sequence[int], batch_size: int) -> Need:
+        """Return the need of the missing examples, from a sample of them that is encoded but not run."""
+        sample = [missing[i] for i in sorted({len(missing) * k // SAMPLE for k in range(SAMPLE)})] if missing else []
+        kept: list[int] = []
+        for with_image in (True, False):
+            some = [i for i in sample if (examples[i].image is not None) == with_image]
+            fine = run.prepare([examples[i] for i in some], [ids[i] for i in some], {}) if some else None
+            kept += [int((marks > 0).sum()) for marks in fine.marks] if fine else []
+        spoken = max((run.decoding.max_new_tokens if p.part == slice(None) else 1) * p.answers for p in run.positions)
+        mean = sum(kept) / max(len(kept), 1) + spoken
+        longest = max(kept, default=0) + spoken
+        return cls(len(missing), len(run.layers), mean, longest, run.model.width, run.dtype, batch_size)
+
+    @property
+    def row_bytes(self) -> float:
+        """Return the estimate for one row on disk."""
+        return self._layer_bytes(self.dtype) * self.layers + TABLE_BYTES
 
     @property
     def bytes(self) -> int:
-        """Return the estimate in bytes."""
-        return self.rows * (self.layers * self.positions * self.width * BYTES[self.dtype] + TABLE_BYTES)
+        """Return the estimate for all rows on disk."""
+        return round(self.rows * self.row_bytes)
 
-    def require(self, folder: Path) -> None:
-        """Raise OutputError, with the numbers and a smaller setting, when the disk of `folder` has too little room."""
-        what = f"{self.rows:,} rows x {self.layers} layers x {self.positions} positions x {self.width} wide"
+    @property
+    def batch_bytes(self) -> int:
+        """Return the estimate for what a batch keeps in main memory: as traced, and as rows."""
+        return 2 * self.batch_size * self.layers * self.longest * self.width * DTYPES[self.dtype][1].itemsize
+
+    def require(self, folder: Path, memory: int) -> None:
+        """Raise OutputError, with the numbers and a smaller setting, when disk or memory have too little room."""
+        what = f"{self.rows:,} rows x {self.layers} layers x {self.tokens:,.1f} tokens x {self.width} wide"
         require_room(folder, self.bytes, f"{what} in {self.dtype}", self._smaller)
+        if self.batch_bytes > memory:
+            fit = self.batch_size * memory // self.batch_bytes
+            mend = f"Use batch_size={fit}." if fit else "Keep fewer layers or fewer tokens, or use dtype='bfloat16'."
+            raise OutputError(
+                f"{folder}: {self.batch_size} rows at once x {self.layers} layers x {self.longest:,} tokens x "
+                f"{self.width} wide in {self.dtype} take about {told_bytes(self.batch_bytes)} of memory, and "
+                f"{told_bytes(memory)} are free. {mend}"
+            )
+
+    def _layer_bytes(self, dtype: str) -> float:
+        return self.tokens * self.width * DTYPES[dtype][1].itemsize
 
     def _smaller(self, free: int) -> str:
-        half = DiskNeed(self.rows, self.layers, self.positions, self.width, "bfloat16")
-        if BYTES[self.dtype] > 2 and half.bytes <= free:
-            return f"Use dtype='bfloat16' ({told_bytes(half.bytes)}), or free some space."
-        layer = DiskNeed(self.rows, 1, self.positions, self.width, "bfloat16")
-        fit = (free // max(self.rows, 1) - TABLE_BYTES) // (layer.bytes // max(self.rows, 1) - TABLE_BYTES)
+        half = round(self.rows * (self._layer_bytes("bfloat16") * self.layers + TABLE_BYTES))
+        if DTYPES[self.dtype][1].itemsize > 2 and half <= free:
+            return f"Use dtype='bfloat16' ({told_bytes(half)}), or free some space."
+        layer = self._layer_bytes("bfloat16")
+        fit = int((free / max(self.rows, 1) - TABLE_BYTES) // max(layer, 1))
         if fit >= 1:
             return f"Use dtype='bfloat16' and at most {fit} layers, or free some space."
-        per_row = (layer.bytes // max(self.rows, 1)) or 1
-        return f"Even one layer in bfloat16 fits for {free // per_row:,} rows only; free some space."
+        return f"Even one layer in bfloat16 fits for {int(free // (layer + TABLE_BYTES)):,} rows only; free some space."
+
+
+def free_memory() -> int:
+    """Return the bytes of main memory that are free, of this process' share where it has one (a container's limit)."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(limit - used, 0))

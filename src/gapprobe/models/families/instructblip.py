@@ -1,0 +1,50 @@
+"""InstructBLIP: queries that read picture and instruction stand before the prompt of a decoder or an encoder (T5)."""
+
+from gapprobe.models.families.base import Family
+
+FAMILIES = (
+    Family(
+        name="instructblip",
+        architectures=("InstructBlipForConditionalGeneration",),
+        language_models=("llama",),
+        blocks="language_model.model.layers",
+        final_norm="language_model.model.norm",
+        unembedding="language_model.lm_head",
+        generator="language_model",
+        prompt="{text}",  # the processor puts the image tokens in front
+        processor_parts=("image_processor", "qformer_tokenizer"),
+        vision="vision_model.encoder.layers",
+        bridge="language_projection",
+        queries="qformer",
+    ),
+    Family(
+        name="instructblip_opt",
+        architectures=("InstructBlipForConditionalGeneration",),
+        language_models=("opt",),
+        blocks="language_model.model.decoder.layers",
+        final_norm="language_model.model.decoder.final_layer_norm",
+        unembedding="language_model.lm_head",
+        generator="language_model",
+        prompt="{text}",
+        processor_parts=("image_processor", "qformer_tokenizer"),
+        vision="vision_model.encoder.layers",
+        bridge="language_projection",
+        queries="qformer",
+    ),
+    Family(
+        name="instructblip_t5",
+        architectures=("InstructBlipForConditionalGeneration",),
+        language_models=("t5",),
+        blocks="language_model.decoder.block",
+        final_norm="language_model.decoder.final_layer_norm",
+        unembedding="language_model.lm_head",
+        encoder="language_model.encoder.block",
+        encoder_norm="language_model.encoder.final_layer_norm",
+        generator="language_model",
+        prompt="{text}",
+        processor_parts=("image_processor", "qformer_tokenizer"),
+        vision="vision_model.encoder.layers",
+        bridge="language_projection",
+        queries="qformer",
+    ),
+)

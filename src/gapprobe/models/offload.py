@@ -1,0 +1,51 @@
+"""From the device to main memory, a layer at a time: what a trace keeps never waits on the device for its neighbours."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+
+class Offload:
+    """Room for `lines` tokens of every layer, filled layer by layer.
+
+    On a GPU the room is pinned and the copies run on a stream of their own beside the next block; on a CPU each is one
+    gather straight into its place.
+    """
+
+    def __init__(self, layers: int, lines: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.filled = dtype, 0
+        self._room = torch.empty(layers, lines, width, dtype=dtype, pin_memory=device.type == "cuda")
+        # One a device: the blocks of a large model may lie on several.
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    @property
+    def full(self) -> bool:
+        """Return whether every layer has come."""
+        return self.filled == len(self._room)
+
+    def take(self, hidden: Float[Tensor, "n t d"], lines: Int[Tensor, " m"]) -> None:
+        """Copy some tokens of the next layer; `lines` counts them over the whole batch."""
+        flat, out = hidden.reshape(-1, hidden.shape[-1]), self._room[self.filled]
+        self.filled += 1
+        lines = lines.to(flat.device)
+        if flat.device.type != "cuda":
+            if flat.dtype == self.dtype and flat.device.type == "cpu":
+                torch.index_select(flat, 0, lines, out=out)
+            else:
+                out.copy_(flat[lines])
+            return
+        stream = self._streams.setdefault(flat.device, torch.cuda.Stream(flat.device))
+        chosen = flat[lines].to(self.dtype)
+        stream.wait_stream(torch.cuda.current_stream(flat.device))
+        with torch.cuda.stream(stream):
+            out.copy_(chosen, non_blocking=True)
+        # The allocator must not hand the memory on before the copy has read it.
+        chosen.record_stream(stream)
+
+    def result(self) -> Shaped[Tensor, "l m d"]:
+        """Return all layers, once they have arrived."""
+        for stream in self._streams.values():
+            stream.synchronize()
+        return self._room

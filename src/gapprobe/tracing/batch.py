@@ -1,0 +1,279 @@
+"""One batch: from examples to the rows of the store. What cannot be run becomes a row that says why."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import PIL.Image
+import torch
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gapprobe.errors import DataError
+from gapprobe.models.model import Model
+from gapprobe.models.trace import Traced, trace
+from gapprobe.store.format import DTYPES, ROLES, StoredRow, Value
+from gapprobe.tasks.examples import Example
+from gapprobe.tracing.answers import Answer, Decoding, Ending, Picker, answers
+from gapprobe.tracing.positions import Position
+from gapprobe.tracing.tokens import TokenTable, plain_table, token_table
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The examples of a batch that can be run: their tensors, and what their tokens are."""
+
+    numbers: tuple[int, ...]
+    inputs: dict[str, Tensor]
+    tables: tuple[TokenTable, ...]
+    marks: tuple[UInt8[np.ndarray, " t"], ...]
+    """By example and token, bit i is set where position i chose the token."""
+
+
+@dataclass
+class Batches:
+    """What a run makes of its batches.
+
+    Attributes:
+        model: the model.
+        layers: numbers of the layers to keep, rising.
+        positions: what tokens to keep.
+        decoding: how answers are made.
+        dtype: of what is stored.
+        limit: the most rows that fitted into memory at once, once too many were tried.
+    """
+
+    model: Model
+    layers: tuple[int, ...]
+    positions: tuple[Position, ...]
+    decoding: Decoding
+    dtype: str
+    limit: int | None = field(default=None, init=False)
+
+    def rows(self, examples: Sequence[Example], ids: Sequence[str]) -> list[StoredRow]:
+        """Return the row of each example; those that cannot be run have no tokens."""
+        failed: dict[int, StoredRow] = {}
+        fine = self.prepare(examples, ids, failed)
+        found = failed | (self._answered(fine, examples, ids) if fine else {})
+        return [found[i] for i in range(len(examples))]
+
+    def prepare(
+        self, examples: Sequence[Example], ids: Sequence[str], failed: dict[int, StoredRow]
+    ) -> Prompts | None:
+        """Return the examples that can be run, None if there are none, and put the others into `failed`."""
+        images: dict[int, PIL.Image.Image | None] = {}
+        for i, example in enumerate(examples):
+            kind = "prompt"
+            try:
+                self.model.refuse_text(example.text)
+                kind = "image"
+                images[i] = example.image.load() if example.image else None
+            except DataError as error:
+                failed[i] = self._failed(ids[i], example, str(error), kind)
+        inputs = self._encode(examples, ids, images, failed)
+        if inputs is None:
+            return None
+        reasons = self.model.refuse_long(inputs, self.decoding.max_new_tokens)
+        if any(reasons):
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            for i, length, reason in zip(list(images), lengths, reasons, strict=True):
+                if reason is not None:
+                    failed[i] = self._failed(ids[i], examples[i], reason, "prompt", length)
+                    del images[i]
+            inputs = self._encode(examples, ids, images, failed)
+        return None if inputs is None else self._prompts(examples, images, inputs)
+
+    def _encode(
+        self,
+        examples: Sequence[Example],
+        ids: Sequence[str],
+        images: dict[int, PIL.Image.Image | None],
+        failed: dict[int, StoredRow],
+    ) -> dict[str, Tensor] | None:
+        """Return the tensors of the examples in `images`; who spoils them moves to `failed`."""
+
+        def encoded(numbers: Sequence[int]) -> dict[str, Tensor]:
+            pictures = [image for i in numbers if (image := images[i]) is not None]
+            return self.model.encode([examples[i].text for i in numbers], pictures or None)
+
+        if not images:
+            return None
+        # Processors answer pictures they cannot use (an edge of one pixel, say) with nearly any exception.
+        try:
+            return encoded(list(images))
+        except Exception:
+            for i in list(images):
+                try:
+                    encoded([i])
+                except Exception as error:
+                    told = f"the processor cannot use it: {type(error).__name__}: {error}"
+                    failed[i] = self._failed(ids[i], examples[i], told, "processor")
+                    del images[i]
+        return encoded(list(images)) if images else None
+
+    def _prompts(
+        self, examples: Sequence[Example], images: Mapping[int, PIL.Image.Image | None], inputs: dict[str, Tensor]
+    ) -> Prompts:
+        ends_only = all(position.of in ("prompt", "answer") and position.part == slice(-1, None) for position in self.positions)
+        tables: list[TokenTable] = []
+        tokens = inputs["input_ids"].cpu()
+        for row, (i, image) in enumerate(images.items()):
+            ids = tokens[row][inputs["attention_mask"][row].cpu().bool()].numpy()
+            if ends_only:
+                tables.append(plain_table(ids))
+                continue
+            boxes = None if image is None else self.model.boxes(inputs, row, image.size)
+            tables.append(token_table(self.model, examples[i].text, examples[i].spans, ids, boxes))
+        marks = [_marks(len(table), [position.in_prompt(table) for position in self.positions]) for table in tables]
+        return Prompts(tuple(images), inputs, tuple(tables), tuple(marks))
+
+    def _answered(self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str]) -> dict[int, StoredRow]:
+        """Run the prompts, in halves and quarters where the memory does not hold them at once."""
+        whole = range(len(prompts.numbers))
+        size = min(self.limit or len(whole), len(whole))
+        found: dict[int, StoredRow] = {}
+        start = 0
+        while start < len(whole):
+            part = whole[start : start + size]
+            some = prompts if len(part) == len(whole) else self._some(prompts, part, examples)
+            rows = self._run(some, examples, ids)
+            if rows is not None:
+                found |= rows
+                start += size
+            elif len(part) == 1:
+                i = prompts.numbers[start]
+                told = f"the memory does not hold this example alone ({len(prompts.tables[start])} tokens)"
+                found[i] = self._failed(ids[i], examples[i], told, "memory", len(prompts.tables[start]))
+                start += 1
+            else:
+                size = self.limit = (len(part) + 1) // 2
+                warnings.warn(f"the memory does not hold {len(part)} rows at once: from here {size} are run", stacklevel=2)
+        return found
+
+    def _some(self, prompts: Prompts, part: Sequence[int], examples: Sequence[Example]) -> Prompts:
+        """Return some of the prompts, padded among themselves."""
+        chosen = [prompts.numbers[k] for k in part]
+        pictures = [image.load() for i in chosen if (image := examples[i].image) is not None]
+        return Prompts(
+            tuple(chosen),
+            self.model.encode([examples[i].text for i in chosen], pictures or None),
+            tuple(prompts.tables[k] for k in part),
+            tuple(prompts.marks[k] for k in part),
+        )
+
+    def _run(self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str]) -> dict[int, StoredRow] | None:
+        """Return the rows of prompts; None if they take more memory than there is."""
+        try:
+            picker = Picker(self.decoding, self.model.media_token_id, [ids[i] for i in prompts.numbers])
+            ending = Ending(self.model, picker, any(position.answers for position in self.positions))
+            mask = prompts.inputs["attention_mask"].cpu().bool()
+            # The padding may lie in the middle of a prompt, between the Q-Former's queries and the text.
+            keep = [
+                np.flatnonzero(mask[row])[marks > 0] + row * mask.shape[1] for row, marks in enumerate(prompts.marks)
+            ]
+            traced = trace(
+                self.model,
+                prompts.inputs,
+                torch.from_numpy(np.concatenate(keep)),
+                self.layers,
+                picker=picker,
+                ending=ending,
+                steps=ending.steps,
+                dtype=DTYPES[self.dtype][1],
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not _lacks_memory(error):
+                raise
+        else:
+            return self._stored(prompts, traced, answers(self.model, picker), examples, ids)
+        # Behind the handler, whose traceback holds on to what filled the memory.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _stored(
+        self,
+        prompts: Prompts,
+        traced: Traced,
+        said: Sequence[Answer],
+        examples: Sequence[Example],
+        ids: Sequence[str],
+    ) -> dict[int, StoredRow]:
+        rows: dict[int, StoredRow] = {}
+        # What an encoder-decoder's decoder reads first is no token of the answer.
+        lead = len(self.model.starts)
+        taken = 0
+        for row, (i, table, marks, answer) in enumerate(
+            zip(prompts.numbers, prompts.tables, prompts.marks, said, strict=True)
+        ):
+            size, spoken = len(table), len(answer.token_ids)
+            asked = np.flatnonzero(marks)
+            chosen = [position.in_answer(spoken) + lead for position in self.positions]
+            starts = [np.arange(lead) if position.of in ("start", "all") else _NONE for position in self.positions]
+            heard = _marks(lead + spoken, [np.concatenate(both) for both in zip(starts, chosen, strict=True)])
+            kept = np.flatnonzero(heard)
+            prompt = traced.prompt[:, taken : taken + len(asked)]
+            taken += len(asked)
+            spelled = np.array([*self.model.starts, *answer.token_ids], dtype=np.int64)
+            roles = np.array([ROLES["start"]] * lead + [ROLES["answer"]] * spoken, dtype=np.uint8)
+            found: dict[str, Value] = {
+                "answer": answer.text,
+                "answer_token_ids": list(answer.token_ids),
+                "answer_logprobs": list(answer.log_probs),
+                "n_input_tokens": size,
+            }
+            boxes = table.boxes[asked][np.isin(table.roles[asked], (ROLES["image"],))]
+            if boxes.any():
+                found["image_boxes"] = boxes.ravel().tolist()
+            rows[i] = StoredRow(
+                ids[i],
+                _columns(examples[i], found),
+                torch.cat([prompt, traced.spoken[kept, :, row].transpose(0, 1)], dim=1) if len(kept) else prompt,
+                torch.from_numpy(np.concatenate([table.ids[asked], spelled[kept]])),
+                torch.from_numpy(np.concatenate([asked, size + kept])),
+                torch.from_numpy(np.concatenate([table.roles[asked], roles[kept]])),
+                torch.from_numpy(np.concatenate([marks[asked], heard[kept]])),
+            )
+        return rows
+
+    def _failed(self, id_: str, example: Example, error: str, kind: str, length: int | None = None) -> StoredRow:
+        found: dict[str, Value] = {"error": error, "error_kind": kind, "n_input_tokens": length}
+        residual = torch.empty(len(self.layers), 0, self.model.width, dtype=DTYPES[self.dtype][1])
+        numbers, codes = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
+        return StoredRow(id_, _columns(example, found), residual, numbers, numbers, codes, codes)
+
+
+_NONE = np.empty(0, dtype=np.int64)
+
+
+def _marks(size: int, chosen: Sequence[NDArray[np.int64]]) -> UInt8[np.ndarray, " t"]:
+    """Return by token which positions chose it: bit i is set for position i."""
+    marks = np.zeros(size, dtype=np.uint8)
+    for number, tokens in enumerate(chosen):
+        marks[tokens] |= 1 << number
+    return marks
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    # On a CPU torch says it in a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _columns(example: Example, found: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the row of the table; every row has every column."""
+    own: dict[str, Value] = {
+        "text": example.text,
+        "answer": None,
+        "answer_token_ids": None,
+        "answer_logprobs": None,
+        "n_input_tokens": None,
+        "error": None,
+        "error_kind": None,
+    }
+    return {**example.columns, **own, **found}

@@ -1,0 +1,142 @@
+"""What the tokens of a prompt are: image, question, entity, …, told after the processor has expanded the image token.
+
+The prompt as text is tokenised once more, with the characters of each token, and laid beside what the model reads.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int, UInt8
+from numpy.typing import NDArray
+
+from gapprobe.models.model import Model
+from gapprobe.store.format import ROLES
+
+ROLE_NAMES = tuple(ROLES)
+# Stands for the user's text in a chat template, to see what the template puts around it; no template looks for it.
+STAND_IN = "\ue000"
+
+
+# Roles of text, the later the stronger where a token touches two of them.
+TEXT_ROLES = ("other", "system", "question", "answer_cue", "reference", "entity")
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of one prompt as the model reads them, without padding.
+
+    Attributes:
+        ids: numbers in the vocabulary.
+        roles: values of `store.format.ROLES`.
+        texts: what each token stands for.
+        boxes: place in the picture of each image token, left, top, right, bottom as shares of its width and height;
+            no area where a token has none.
+    """
+
+    ids: Int[np.ndarray, " t"]
+    roles: UInt8[np.ndarray, " t"]
+    texts: tuple[str, ...]
+    boxes: Float[np.ndarray, "t 4"]
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.ids)
+
+    def where(self, role: str) -> NDArray[np.int64]:
+        """Return the positions of the tokens of a role."""
+        return np.flatnonzero(self.roles == ROLES[role])
+
+    def frame(self) -> pd.DataFrame:
+        """Return one line a token: position (the index), id, text, role, and place in the picture."""
+        left, top, right, bottom = self.boxes.T
+        return pd.DataFrame(
+            {
+                "id": self.ids,
+                "text": self.texts,
+                "role": [ROLE_NAMES[role] for role in self.roles],
+                **{"left": left, "top": top, "right": right, "bottom": bottom},
+            },
+            index=pd.RangeIndex(len(self), name="position"),
+        )
+
+
+def token_table(
+    model: Model,
+    text: str,
+    spans: Mapping[str, Sequence[tuple[int, int]]],
+    ids: Int[np.ndarray, " t"],
+    boxes: Float[np.ndarray, "k 4"] | None,
+) -> TokenTable:
+    """Return what the tokens of one prompt are.
+
+    Args:
+        model: the model, for its processor.
+        text: the prompt's text as the user gave it.
+        spans: roles of stretches of it, as in `Example`.
+        ids: the tokens that the model reads, unpadded.
+        boxes: places of the image tokens, in their order; None where they have none, and without a picture.
+    """
+    media = ids == (-1 if model.media_token_id is None else model.media_token_id)
+    roles = np.zeros(len(ids), dtype=np.uint8)
+    roles[media] = ROLES["query" if model.family.queries else "audio" if model.family.modality == "audio" else "image"]
+    prompt = model.render(text, with_image=bool(media.any()))
+    told = cast(Any, model.tokenizer)(
+        prompt, return_offsets_mapping=True, add_special_tokens=not model.begun(prompt)
+    )
+    theirs, offsets = np.array(told["input_ids"]), np.array(told["offset_mapping"]).reshape(-1, 2)
+    written = _written(model, prompt, text, spans, with_image=bool(media.any()))
+    ours, words = np.flatnonzero(~media), np.flatnonzero(theirs != model.media_token_id)
+    # Image tokens apart, both are the same tokens but for what processors add: separators, a newline at the end.
+    match = SequenceMatcher(None, theirs[words].tolist(), ids[ours].tolist(), autojunk=False)
+    matched = 0
+    for a, b, size in match.get_matching_blocks():
+        matched += size
+        for word, place in zip(words[a : a + size], ours[b : b + size], strict=True):
+            start, end = offsets[word]
+            # The strongest role that any of its characters has; a token of no characters (BOS) has none.
+            roles[place] = written[start:end].max(initial=0)
+    if matched < len(words) // 2:
+        warnings.warn(
+            f"{model.source}: the tokens of a prompt are not those of its text, so most of them have no role",
+            stacklevel=2,
+        )
+    order = np.array([ROLES[name] for name in TEXT_ROLES], dtype=np.uint8)
+    roles[~media] = order[roles[~media]]
+    # What the answer follows is its cue, whatever it says.
+    roles[-1] = ROLES["answer_cue"]
+    places = np.zeros((len(ids), 4))
+    if boxes is not None and len(boxes) == media.sum():
+        places[media] = boxes
+    return TokenTable(ids, roles, tuple(cast(Any, model.tokenizer).convert_ids_to_tokens(ids.tolist())), places)
+
+
+def plain_table(ids: Int[np.ndarray, " t"]) -> TokenTable:
+    """Return a table that knows no roles but that of the last token: all that the ends of a prompt need."""
+    roles = np.zeros(len(ids), dtype=np.uint8)
+    roles[-1:] = ROLES["answer_cue"]
+    return TokenTable(ids, roles, (), np.zeros((len(ids), 4)))
+
+
+def _written(
+    model: Model, prompt: str, text: str, spans: Mapping[str, Sequence[tuple[int, int]]], *, with_image: bool
+) -> UInt8[np.ndarray, " c"]:
+    """Return the role of every character of the rendered prompt, as a number of `TEXT_ROLES`."""
+    start = model.render(STAND_IN, with_image=with_image).find(STAND_IN)
+    lead = len(text) - len(text.lstrip())
+    if prompt[start : start + len(text)] != text:
+        # Some templates strip what they are given.
+        start -= lead
+    written = np.full(len(prompt), TEXT_ROLES.index("answer_cue"), dtype=np.uint8)
+    written[: max(start, 0)] = TEXT_ROLES.index("system")
+    written[max(start, 0) : start + len(text)] = TEXT_ROLES.index("question")
+    for role, stretches in spans.items():
+        for a, b in stretches:
+            written[max(start + a, 0) : max(start + b, 0)] = TEXT_ROLES.index(role)
+    return written
