@@ -4,11 +4,10 @@ from typing import Any
 import pytest
 import torch
 
-import gapprobe.models.model as model_module
 from gapprobe.errors import ModelError
 from gapprobe.models.check import Check, check_model
 from gapprobe.models.model import Model
-from tests.models.tiny import KINDS, fresh, loaded
+from tests.models.kinds import KINDS, fresh, loaded
 
 
 def changed(kind: str, **row: str) -> Model:
@@ -63,9 +62,11 @@ def test_a_missing_gain_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failing(loaded("llava-llama")) == ["the logits follow from layer 3"]
 
 
-def test_positions_that_count_padding_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "positions_of", lambda mask: torch.arange(mask.shape[1]).expand_as(mask))
-    assert failing(loaded("instructblip-llama")) == ["a batch gives what its rows give alone"]
+def test_padding_between_picture_and_text_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A T5 knows where a token stands from the distances alone.
+    monkeypatch.setattr("gapprobe.models.model._padded_in_front", lambda inputs: inputs)
+    for kind in ("blip2_t5-t5", "instructblip_t5-t5"):
+        assert failing(loaded(kind)) == ["a batch gives what its rows give alone"]
 
 
 def test_left_padding_in_the_q_former_is_caught() -> None:

@@ -6,13 +6,21 @@ from torch import nn
 
 from gapprobe.errors import DataError, ModelError
 from gapprobe.kernels.logit_lens import reference
-from tests.models.tiny import CHAT, KINDS, QUERIES, WIDTH, fresh, loaded, picture
+from gapprobe.models.loading import load_model
+from gapprobe.models.model import Model
+from tests.models.kinds import KINDS, WITH_IMAGE, fresh, loaded
+from tests.models.tiny import CHAT, QUERIES, WIDTH, build, picture
 
 TEXTS = ["Question: hi? Answer:", "Question: What is the capital of France? Answer:"]
 PICTURES = [picture(0), picture(1)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def without_chat() -> Model:
+    hf, processor = build("llava-llama", chat=False)
+    return load_model(hf, processor=processor)
+
+
+@pytest.mark.parametrize("kind", WITH_IMAGE)
 def test_every_prompt_ends_in_the_last_column(kind: str) -> None:
     model = loaded(kind)
     inputs = model.encode(TEXTS, PICTURES)
@@ -20,8 +28,8 @@ def test_every_prompt_ends_in_the_last_column(kind: str) -> None:
     for i, text in enumerate(TEXTS):
         alone = model.encode([text], PICTURES[i : i + 1])["input_ids"][0]
         assert torch.equal(inputs["input_ids"][i][mask[i].bool()], alone)
-        assert inputs["input_ids"][i, -1] == alone[-1]
-        assert inputs["position_ids"][i, -1] == len(alone) - 1
+        # All padding stands in front.
+        assert torch.equal(inputs["input_ids"][i][-len(alone) :], alone)
 
 
 def test_the_chat_template_is_used_where_there_is_one() -> None:
@@ -31,7 +39,7 @@ def test_the_chat_template_is_used_where_there_is_one() -> None:
 
 
 def test_without_chat_template_the_family_says_where_the_image_goes() -> None:
-    plain = fresh("llava-llama", chat=False)
+    plain = without_chat()
     assert plain.render("hi", with_image=True) == "<image>\nhi"
     assert plain.render("hi", with_image=False) == "hi"
     # InstructBLIP's processor puts its image tokens itself, in front.
@@ -48,7 +56,7 @@ def test_a_beginning_that_the_template_wrote_is_not_written_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("What is <image>?", "image token <image>"), ("  \n", "empty"), ("", "empty")]
+    ("text", "message"), [("What is <image>?", "holds the token <image>"), ("  \n", "empty"), ("", "empty")]
 )
 def test_texts_that_cannot_be_prompts(text: str, message: str) -> None:
     for model in (loaded("llava-llama"), loaded("instructblip-llama")):
@@ -85,11 +93,13 @@ def test_prompts_longer_than_the_q_former_reads() -> None:
 def test_the_unembedding_gives_the_models_logits(kind: str) -> None:
     model = fresh(kind, dtype=torch.float64)
     hf: Any = model.hf
-    x = torch.randn(5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, model.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     norm, head = model.part(model.family.final_norm), model.part(model.family.unembedding)
     assert head is hf.get_output_embeddings()
     with torch.no_grad():
         logits = head(norm(x))
+    cap = getattr(model.text_config, "final_logit_softcapping", None)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     found = reference(x, model.unembedding(), logits.argmax(1))
     # transformers norms in float32 whatever the dtype, so the two differ by its rounding.
     assert torch.allclose(found.log_prob, logits.log_softmax(1).amax(1), rtol=0, atol=1e-5)
@@ -103,7 +113,7 @@ def test_layer_norms_are_known_and_others_refused() -> None:
     assert (model.unembedding().norm, model.unembedding().eps) == ("layer", 1e-3)
     assert model.unembedding().shift is not None
     hf.model.language_model.norm = nn.Identity()
-    with pytest.raises(ModelError, match="final norm Identity is not known"):
+    with pytest.raises(ModelError, match="final norm Identity is neither"):
         model.unembedding()
 
 
@@ -132,7 +142,7 @@ def test_fingerprints_know_weights_configuration_and_processor() -> None:
     assert other.describe()["weights"] != one.describe()["weights"]
     assert other.describe()["config"] != one.describe()["config"]
     assert other.processor_fingerprint != before
-    template = fresh("llava-llama", chat=False)
+    template = without_chat()
     assert template.processor_fingerprint != before
 
 

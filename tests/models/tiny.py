@@ -5,7 +5,6 @@ changes every number.
 """
 
 import io
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,6 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from gapprobe.models.loading import load_model
-from gapprobe.models.model import Model
 from gapprobe.tasks.images import ImageFile
 
 WIDTH, LAYERS, QUERIES, PATCH, SIDE = 32, 3, 4, 7, 28

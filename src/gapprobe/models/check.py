@@ -121,15 +121,14 @@ def _traced(model: Model, inputs: dict[str, Tensor]) -> list[Float[Tensor, "l n 
     return [prompt, rearrange(found.spoken, "1 l n d -> l n 1 d")] if model.family.encoder else [prompt]
 
 
-def _told(
-    model: Model, inputs: dict[str, Tensor]
-) -> tuple[list[list[Float[Tensor, "n t d"]]], Float[Tensor, "n v"]]:
+def _told(model: Model, inputs: dict[str, Tensor]) -> tuple[list[list[Float[Tensor, "n t d"]]], Float[Tensor, "n v"]]:
     """Return what transformers itself tells of the same: hidden states, and the logits of the first new token."""
     generator = cast(Any, model.part("" if model.has_media(inputs) else model.family.generator))
     config = model.greedy(1, return_dict_in_generate=True, output_hidden_states=True, output_logits=True)
     with model.only_asked(config):
         told = generator.generate(**inputs, generation_config=config)
-    stacks = [told.encoder_hidden_states, told.decoder_hidden_states[0]] if model.family.encoder else [told.hidden_states[0]]
+    both = model.family.encoder
+    stacks = [told.encoder_hidden_states, told.decoder_hidden_states[0]] if both else [told.hidden_states[0]]
     return [[states.cpu() for states in stack] for stack in stacks], told.logits[0].cpu()
 
 

@@ -51,7 +51,7 @@ def qwen(model: Model, inputs: Inputs, row: int, size: tuple[int, int]) -> Boxes
 
 
 def anyres(model: Model, inputs: Inputs, row: int, size: tuple[int, int]) -> Boxes | None:  # noqa: ARG001
-    """The whole picture in a square grid, then in a finer one of its own shape with line ends (LLaVA-NeXT, OneVision)."""
+    """The whole picture in a square grid, then in a finer one of its shape with line ends (LLaVA-NeXT, OneVision)."""
     processor = cast(Any, model.processor)
     width, height = size
     tile_height, tile_width = inputs["pixel_values"].shape[-2:]
@@ -60,7 +60,7 @@ def anyres(model: Model, inputs: Inputs, row: int, size: tuple[int, int]) -> Box
         if getattr(processor, "num_image_tokens", None)
         else tile_height // int(processor.patch_size)
     )
-    best = select_best_resolution([height, width], processor.image_processor.image_grid_pinpoints)
+    best = select_best_resolution((height, width), processor.image_processor.image_grid_pinpoints)
     # The one place that knows how much of the padded tiles the model throws away.
     words, lines = processor._get_unpadded_features(
         height, width, base, base, best[0] // tile_height, best[1] // tile_width

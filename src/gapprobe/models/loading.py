@@ -70,7 +70,7 @@ def load_model(
 
     Args:
         source: a Hugging Face id, a folder, or an instantiated model (which keeps its dtype, device and attention).
-        processor: the processor (or tokenizer) of an instantiated model; it is copied, for its padding side must change.
+        processor: the processor (or tokenizer) of an instantiated model; copied, for its padding side must change.
         dtype: of the weights; "auto" takes the dtype they were saved in.
         device: "cpu", "cuda", "cuda:1", …; "auto" is a GPU where there is one, "spread" lays the blocks over all GPUs
             and main memory (needs the package accelerate).
@@ -241,10 +241,17 @@ def _load_processor(
             raise ModelError(f"{where} has no {what}: {' or '.join(names)} is missing; copy it from the original model")
     if text_only:
         return cast(Any, _pretrained(AutoTokenizer, name, where, "tokenizer", options))
-    kind = PROCESSOR_MAPPING.get(type(config), None)
+    kind = cast(Any, PROCESSOR_MAPPING.get(type(config), None))
     if kind is not None and "video_processor" in kind.get_attributes():
         return cast(Any, _pretrained(without_video(kind), name, where, "processor", options))
     return cast(Any, _pretrained(AutoProcessor, name, where, "processor", options))
+
+
+def _refuse_stand_ins(processor: object, folder: Path, where: str, family: Family | None) -> None:
+    """Refuse a processor in which transformers put the language model's tokenizer in the place of a missing one."""
+    for part in family.processor_parts if family else ():
+        if part.endswith("tokenizer") and hasattr(processor, part) and not (folder / part).is_dir():
+            raise ModelError(f"{where}: its processor lacks the folder {part}; copy it from the original model")
 
 
 def without_video(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -253,17 +260,27 @@ def without_video(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
     It keeps its name, by which it is saved.
     """
     parts = [part for part in kind.get_attributes() if part != "video_processor"]
+    from_parts = cast(Any, kind.from_args_and_dict).__func__
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        asked = inspect.signature(kind.__init__).parameters.get("video_processor")
-        if asked is not None and asked.default is asked.empty:
-            kwargs.setdefault("video_processor", None)
-        kind.__init__(self, *args, **kwargs)
+    def without(cls: Any, args: Any, settings: dict[str, Any], **kwargs: Any) -> Any:
+        asked = "video_processor" in inspect.signature(kind.__init__).parameters
+        return from_parts(cls, args, settings | ({"video_processor": None} if asked else {}), **kwargs)
 
-    members: dict[str, Any] = {"get_attributes": classmethod(lambda _: parts), "__init__": init}
-    # SmolVLM looks at these two whenever it fills in its chat template.
-    members["video_processor"] = SimpleNamespace(num_frames=None, fps=None)
+    members: dict[str, Any] = {
+        "get_attributes": classmethod(lambda _: parts),
+        "from_args_and_dict": classmethod(without),
+        # SmolVLM looks at these two whenever it fills in its chat template.
+        "video_processor": SimpleNamespace(num_frames=None, fps=None),
+    }
     return type(kind.__name__, (kind,), members)
+
+
+def _pretrained(kind: Any, name: str, where: str, what: str, options: dict[str, Any]) -> object:
+    try:
+        return kind.from_pretrained(name, **options)
+    # transformers answers damaged or missing files with nearly any exception; all mean that this part is unusable.
+    except Exception as error:
+        raise ModelError(f"{where}: {what} cannot be loaded: {_first_line(error)}") from error
 
 
 def _load_weights(kind: Any, name: str, where: str, options: dict[str, Any]) -> PreTrainedModel:
@@ -283,7 +300,8 @@ def _place(device: str, quantized: Quantized) -> dict[str, Any]:
     if quantized == "none":
         return spread
     _require_package("bitsandbytes", f"quantized={quantized!r}")
-    return spread | {"quantization_config": BitsAndBytesConfig(**{f"load_in_{quantized}": True})}
+    bits = BitsAndBytesConfig(load_in_8bit=quantized == "8bit", load_in_4bit=quantized == "4bit")
+    return spread | {"quantization_config": bits}
 
 
 def _require_package(name: str, what: str) -> None:

@@ -213,7 +213,10 @@ class Model:
             raise DataError("the prompt is empty")
         for token in self._media_tokens:
             if token in text:
-                raise DataError(f"the prompt holds the token {token}, which stands for image, film or sound: only gapprobe may place it")
+                raise DataError(
+                    f"the prompt holds the token {token}, which stands for image, film or sound: only gapprobe may "
+                    "place it"
+                )
 
     def render(self, text: str, *, with_image: bool) -> str:
         """Return the prompt with the image token and all that the chat template puts around it."""
@@ -251,7 +254,8 @@ class Model:
             options["add_special_tokens"] = False
         if images is None:
             encoded = dict(cast(Any, self.tokenizer)(**options, return_token_type_ids=self.family.token_types))
-            inputs = {name: encoded[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded}
+            names = ("input_ids", "attention_mask", "token_type_ids")
+            inputs = {name: encoded[name] for name in names if name in encoded}
         else:
             # A list for each text: some processors do not see from a flat one which text a picture is of.
             inputs = dict(cast(Any, self.processor)(images=[[image] for image in images], **options))

@@ -1,4 +1,4 @@
-"""From the device to main memory, a layer at a time: what a trace keeps never waits on the device for its neighbours."""
+"""From the device to main memory, a layer at a time, so that nothing kept waits on the device for its neighbours."""
 
 from __future__ import annotations
 

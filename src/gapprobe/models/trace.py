@@ -1,8 +1,8 @@
 """One traced call of a model: the residual stream of chosen tokens at chosen layers, while the model answers.
 
 Layer 0 is what the first block reads (embeddings with the image features merged), layer l what block l returns; all of
-them before the final norm. The call is the model's own `generate`: its first step reads the prompt, each later one reads
-the token before, so that prompt and answer cost what answering costs and positions are what the model itself makes of
+them before the final norm. The call is the model's own `generate`: its first step reads the prompt, each later one the
+token before, so that prompt and answer cost what answering costs and positions are what the model itself makes of
 the padding. Nothing is chosen, picked or stored here.
 """
 

@@ -154,9 +154,7 @@ class Ending(StoppingCriteria):
         return not self.reads_back or len(cut(self.tokenizer, spoken, self.ends, decoding.stop).token_ids) <= read
 
 
-def cut(
-    tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: frozenset[int], stop: Sequence[str]
-) -> Answer:
+def cut(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: frozenset[int], stop: Sequence[str]) -> Answer:
     """Return the answer in generated `tokens`: what stands before the first end token and the first stop text.
 
     The answer's tokens are the fewest from the start that hold its text, so neither a stop text's tokens nor white

@@ -62,9 +62,7 @@ class Batches:
         found = failed | (self._answered(fine, examples, ids) if fine else {})
         return [found[i] for i in range(len(examples))]
 
-    def prepare(
-        self, examples: Sequence[Example], ids: Sequence[str], failed: dict[int, StoredRow]
-    ) -> Prompts | None:
+    def prepare(self, examples: Sequence[Example], ids: Sequence[str], failed: dict[int, StoredRow]) -> Prompts | None:
         """Return the examples that can be run, None if there are none, and put the others into `failed`."""
         images: dict[int, PIL.Image.Image | None] = {}
         for i, example in enumerate(examples):
@@ -119,7 +117,7 @@ class Batches:
     def _prompts(
         self, examples: Sequence[Example], images: Mapping[int, PIL.Image.Image | None], inputs: dict[str, Tensor]
     ) -> Prompts:
-        ends_only = all(position.of in ("prompt", "answer") and position.part == slice(-1, None) for position in self.positions)
+        ends_only = all(p.of in ("prompt", "answer") and p.part == slice(-1, None) for p in self.positions)
         tables: list[TokenTable] = []
         tokens = inputs["input_ids"].cpu()
         for row, (i, image) in enumerate(images.items()):
@@ -152,7 +150,9 @@ class Batches:
                 start += 1
             else:
                 size = self.limit = (len(part) + 1) // 2
-                warnings.warn(f"the memory does not hold {len(part)} rows at once: from here {size} are run", stacklevel=2)
+                warnings.warn(
+                    f"the memory does not hold {len(part)} rows at once; from here {size} are run", stacklevel=2
+                )
         return found
 
     def _some(self, prompts: Prompts, part: Sequence[int], examples: Sequence[Example]) -> Prompts:

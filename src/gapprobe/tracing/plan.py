@@ -100,7 +100,9 @@ class Need:
     batch_size: int
 
     @classmethod
-    def of(cls, run: Batches, examples: Sequence[Example], ids: Sequence[str], missing: Sequence[int], batch_size: int) -> Need:
+    def of(
+        cls, run: Batches, examples: Sequence[Example], ids: Sequence[str], missing: Sequence[int], batch_size: int
+    ) -> Need:
         """Return the need of the missing examples, from a sample of them that is encoded but not run."""
         sample = [missing[i] for i in sorted({len(missing) * k // SAMPLE for k in range(SAMPLE)})] if missing else []
         kept: list[int] = []

@@ -87,9 +87,7 @@ def token_table(
     roles = np.zeros(len(ids), dtype=np.uint8)
     roles[media] = ROLES["query" if model.family.queries else "audio" if model.family.modality == "audio" else "image"]
     prompt = model.render(text, with_image=bool(media.any()))
-    told = cast(Any, model.tokenizer)(
-        prompt, return_offsets_mapping=True, add_special_tokens=not model.begun(prompt)
-    )
+    told = cast(Any, model.tokenizer)(prompt, return_offsets_mapping=True, add_special_tokens=not model.begun(prompt))
     theirs, offsets = np.array(told["input_ids"]), np.array(told["offset_mapping"]).reshape(-1, 2)
     written = _written(model, prompt, text, spans, with_image=bool(media.any()))
     ours, words = np.flatnonzero(~media), np.flatnonzero(theirs != model.media_token_id)

@@ -136,7 +136,7 @@ def smolvlm() -> tuple[PreTrainedModel, ProcessorMixin]:
     images = SmolVLMImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
     chat = IDEFICS.replace("{{ start }}", "<|im_start|>")
     tokens = (SIDE // PATCH // 2) ** 2
-    processor = without_video(SmolVLMProcessor)(images, words, image_seq_len=tokens, chat_template=chat)
+    processor = without_video(SmolVLMProcessor)(images, words, None, image_seq_len=tokens, chat_template=chat)
     config = SmolVLMConfig(
         vision_config=TOWER | {"image_size": SIDE, "patch_size": PATCH},
         text_config=_language("llama", len(words)),

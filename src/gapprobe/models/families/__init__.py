@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from importlib import import_module
 from pkgutil import iter_modules
 
-from gapprobe.errors import ModelError
 from gapprobe.models.families.base import Family
 
 
@@ -25,13 +24,6 @@ def _found() -> Iterator[Family]:
 FAMILIES: tuple[Family, ...] = tuple(_found())
 
 
-def family_of(architecture: str, language_model: str | None) -> Family | None:
-    """Return the family of an architecture with a language model (a `model_type`; None is any), or None."""
-    return next(
-        (
-            family
-            for family in FAMILIES
-            if architecture in family.architectures and (language_model or family.language_models[0]) in family.language_models
-        ),
-        None,
-    )
+def family_of(architecture: str, language_model: str) -> Family | None:
+    """Return the family of an architecture with a language model inside (its `model_type`), or None."""
+    return next((f for f in FAMILIES if architecture in f.architectures and language_model in f.language_models), None)
