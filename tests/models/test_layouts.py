@@ -18,7 +18,6 @@ CELLS = 8
 SIZES = [(64, 32), (48, 48), (32, 64), (60, 45)]
 
 
-
 KINDS = [kind for kind in WITH_IMAGE if not kind.startswith(("blip2", "instructblip"))]
 
 

@@ -8,15 +8,20 @@ import torch
 
 import gapprobe.tracing.run as run_module
 from gapprobe.errors import ConfigError, ModelError, OutputError, StoreError
+from gapprobe.kernels.logit_lens import reference
 from gapprobe.models.model import Model
 from gapprobe.store.format import ROLES
 from gapprobe.store.reader import Store, open_store
 from gapprobe.store.writer import StoreWriter
-from gapprobe.tasks.examples import Example
+from gapprobe.tasks.examples import Example, mentions
 from gapprobe.tasks.images import ImageFile
-from gapprobe.tracing.plan import row_id
-from gapprobe.tracing.run import POSITIONS, capture, generation_settings
-from tests.models.tiny import KINDS, LAYERS, WIDTH, fresh, image, loaded
+from gapprobe.tracing import batch as batch_module
+from gapprobe.tracing.answers import Decoding
+from gapprobe.tracing.plan import row_ids
+from gapprobe.tracing.positions import Positions, parse_positions
+from gapprobe.tracing.run import capture
+from tests.models.kinds import KINDS, WITH_IMAGE, fresh, loaded
+from tests.models.tiny import LAYERS, WIDTH, image
 
 BAD = [
     Example("zero bytes?", ImageFile("zero.png", data=b""), {"setting": "bad"}),
@@ -38,8 +43,10 @@ def examples(n: int = 12) -> list[Example]:
     ]
 
 
-def ids_of(wanted: list[Example], stop: str | None = "###") -> list[str]:
-    return [row_id(e, tuple(POSITIONS), generation_settings(6, stop)) for e in wanted]
+def ids_of(
+    wanted: list[Example], stop: str | None = "###", positions: Positions = ("last_input", "last_output")
+) -> list[str]:
+    return row_ids(wanted, parse_positions(positions), Decoding(6, (stop,) if stop else ()))
 
 
 def taken(model: Model, wanted: list[Example], out: Path, **options: Any) -> Store:
@@ -56,58 +63,43 @@ def content(store: Store) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def hooked(model: Model, target: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Return what the first block reads and what each block returns, by torch's own hooks."""
-    seen: list[torch.Tensor] = []
-    blocks: Any = model.part(model.family.blocks)
-    hooks = [blocks[0].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))]
-    hooks += [block.register_forward_hook(lambda _module, _args, out: seen.append(out)) for block in blocks]
-    with torch.no_grad():
-        target(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_store_holds_what_plain_transformers_gives_for_each_example_alone(kind: str, tmp_path: Path) -> None:
     model = loaded(kind)
     wanted = examples(7)
+    if kind not in WITH_IMAGE:
+        wanted = [Example(example.text, None, example.columns) for example in wanted]
     store = taken(model, wanted, tmp_path / "acts", stop=None)
     assert store.header.layers == tuple(range(LAYERS + 1))
     for example, id_ in zip(wanted, ids_of(wanted, None), strict=True):
-        prompt = model.render(example.text, with_image=example.image is not None)
-        if example.image is None:
-            target: Any = model.part(model.family.generator)
-            inputs = dict(model.tokenizer(prompt, return_tensors="pt"))
-        else:
-            target = model.hf
-            call: Any = model.processor
-            inputs = dict(call(images=example.image.load(), text=prompt, return_tensors="pt"))
-        ids = inputs["input_ids"]
-        greedy = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [3]}
-        said = target.generate(**inputs, **greedy, output_logits=True, return_dict_in_generate=True)
+        inputs = model.encode([example.text], [example.image.load()] if example.image else None)
+        target: Any = model.hf if example.image else model.part(model.family.generator)
+        config = model.greedy(7, suppress_tokens=[3], output_hidden_states=True, return_dict_in_generate=True)
+        with model.only_asked(config):
+            said = target.generate(**inputs, generation_config=config)
         row = store.rows.loc[id_]
-        answer = torch.tensor(row["answer_token_ids"])
-        k = len(answer)
-        assert k > 0
-        assert torch.equal(said.sequences[0, ids.shape[1] :][:k], answer)
-        scores = torch.stack(said.logits)[:k, 0].log_softmax(-1).gather(1, answer[:, None])[:, 0]
-        # Cached steps against one pass, and padded against not: float32's rounding, in log-probabilities near -4.
-        assert torch.allclose(torch.tensor(row["answer_logprobs"], dtype=torch.float32), scores, rtol=0, atol=1e-5)
-        assert row["n_input_tokens"] == ids.shape[1]
-        t = ids.shape[1] + k
-        whole = inputs | {"input_ids": said.sequences[:, :t], "attention_mask": torch.ones(1, t)}
-        places = [ids.shape[1] - 1, t - 1]
-        theirs = torch.stack([hidden[0, places] for hidden in hooked(model, target, whole)])
+        size, k = inputs["input_ids"].shape[1], len(row["answer_token_ids"])
+        encoder = bool(model.family.encoder)
+        read = said.encoder_hidden_states if encoder else said.hidden_states[0]
+        steps = said.decoder_hidden_states if encoder else said.hidden_states
+        assert row["error"] is None
+        assert row["n_input_tokens"] == size
+        new = said.sequences[0, -len(steps) :]
+        assert new[:k].tolist() == list(row["answer_token_ids"])
+        ends = [torch.stack([states[0, -1] for states in read])]
+        # Step k has read the k-th token of the answer.
+        ends += [torch.stack([states[0, 0] for states in steps[k]])] if k else []
+        theirs = torch.stack(ends, dim=1)
         mine = store.row(id_)
-        assert torch.allclose(mine.residual, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
-        assert mine.token_ids.tolist() == [int(ids[0, -1]), int(answer[-1])]
-        assert mine.token_positions.tolist() == places
-        assert mine.token_roles.tolist() == [ROLES["answer_cue"], ROLES["answer"]]
-        assert mine.token_marks.tolist() == [1, 2]
+        # Padded against not: float32's rounding. The last of theirs is behind the norm.
+        assert torch.allclose(mine.residual[:-1], theirs[:-1], rtol=0, atol=1e-5 * float(theirs.abs().max()))
+        assert mine.token_ids.tolist() == [int(inputs["input_ids"][0, -1]), *row["answer_token_ids"][-1:]]
+        assert mine.token_positions.tolist() == [size - 1, size - 1 + encoder + k][: len(ends)]
+        assert mine.token_roles.tolist() == [ROLES["answer_cue"], ROLES["answer"]][: len(ends)]
+        assert mine.token_marks.tolist() == [1, 2][: len(ends)]
         assert dict(row[list(example.columns)]) == dict(example.columns)
-        assert torch.equal(store.layer(2, "last_output", [id_])[0], mine.residual[2, 1])
+        if k:
+            assert torch.equal(store.layer(2, "last_output", [id_])[0], mine.residual[2, 1])
 
 
 def test_a_marker_ends_the_answer_and_moves_the_last_output(tmp_path: Path) -> None:
@@ -192,7 +184,7 @@ def test_doubles_are_run_once_and_the_first_counts(tmp_path: Path) -> None:
 def test_a_stopped_run_goes_on_to_the_same_bytes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, wanted = loaded(kind), [*examples(12), *BAD]
     whole = content(taken(model, wanted, tmp_path / "whole"))
-    original, calls = run_module.trace, []
+    original, calls = batch_module.trace, []
 
     def stopped(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -200,10 +192,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(kind: str, tmp_path: Path, monk
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(run_module, "trace", stopped)
+    monkeypatch.setattr(batch_module, "trace", stopped)
     with pytest.raises(KeyboardInterrupt):
         taken(model, wanted, tmp_path / "acts")
-    monkeypatch.setattr(run_module, "trace", original)
+    monkeypatch.setattr(batch_module, "trace", original)
     half = len(open_store(tmp_path / "acts").ids)
     assert 0 < half < len(whole)
     assert content(taken(model, wanted, tmp_path / "acts")) == whole
@@ -220,7 +212,7 @@ def test_rows_that_are_missing_inside_a_batch_come_back_the_same(tmp_path: Path)
 def test_a_finished_run_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, wanted = loaded("llava-llama"), examples(4)
     taken(model, wanted, tmp_path / "acts")
-    monkeypatch.setattr(run_module, "generate", None)
+    monkeypatch.setattr(batch_module, "trace", None)
     assert len(taken(model, wanted, tmp_path / "acts").ids) == 4
 
 
@@ -253,7 +245,7 @@ def test_chosen_layers_positions_and_dtype(tmp_path: Path) -> None:
     names = ["last_output", "last_input"]
     some = taken(model, wanted, tmp_path / "some", layers=[3, 0], positions=names, dtype="bfloat16")
     assert some.header.layers == (0, 3)
-    for mine, theirs in zip((row_id(e, names, generation_settings(6)) for e in wanted), ids_of(wanted), strict=True):
+    for mine, theirs in zip(ids_of(wanted, positions=names), ids_of(wanted), strict=True):
         for layer in (0, 3):
             for name in names:
                 expected = full.layer(layer, name, [theirs]).to(torch.bfloat16)
@@ -267,12 +259,15 @@ def test_chosen_layers_positions_and_dtype(tmp_path: Path) -> None:
         {"layers": [-1]},
         {"layers": []},
         {"layers": "some"},
-        {"positions": ["first_output"]},
+        {"positions": ["first output"]},
         {"positions": []},
         {"positions": ["last_input", "last_input"]},
         {"dtype": "int8"},
         {"batch_size": 0},
         {"max_new_tokens": 0},
+        {"max_new_tokens": -1},
+        {"temperature": -1.0},
+        {"stop": ["", "x"]},
     ],
 )
 def test_settings_that_make_no_sense(options: dict[str, Any], tmp_path: Path) -> None:
@@ -292,8 +287,175 @@ def test_a_model_that_fails_its_check_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_seen_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, wanted = loaded("llava-llama"), examples(4)
-    monkeypatch.setattr(run_module, "generate", None)
+    monkeypatch.setattr(batch_module, "trace", None)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(9000, 0, 9000))
-    with pytest.raises(OutputError, match="4 rows x 4 layers x 2 positions x 32 wide in float32 .*free some space"):
+    with pytest.raises(OutputError, match=r"4 rows x 4 layers x 2\.0 tokens x 32 wide in float32 .*free some space"):
         taken(model, wanted, tmp_path / "acts")
+
+
+def test_all_tokens_are_kept_once_and_marked_by_what_chose_them(tmp_path: Path) -> None:
+    model = loaded("llava-llama")
+    wanted = examples(5)
+    names = {"everything": "all", "end": "last_input", "picture": "image", "fourth": lambda _table: [3]}
+    store = taken(model, wanted, tmp_path / "all", positions=names, stop=None)
+    ends = taken(model, wanted, tmp_path / "ends", stop=None)
+    for id_, same, example in zip(ids_of(wanted, None, names), ids_of(wanted, None), wanted, strict=True):
+        row, end = store.row(id_), ends.row(same)
+        size, spoken = row.columns["n_input_tokens"], row.columns["answer_token_ids"]
+        assert isinstance(size, int)
+        assert isinstance(spoken, list)
+        assert row.token_positions.tolist() == list(range(size + len(spoken)))
+        inputs = model.encode([example.text], [example.image.load()] if example.image else None)
+        assert row.token_ids.tolist() == inputs["input_ids"][0].tolist() + spoken
+        picture = row.token_roles == ROLES["image"]
+        assert int(picture.sum()) == (16 if example.image else 0)
+        assert torch.equal(row.token_marks & 4 > 0, picture)
+        assert (row.token_marks & 1).all()
+        assert (row.token_marks & 2).nonzero()[:, 0].tolist() == [size - 1]
+        assert (row.token_marks & 8).nonzero()[:, 0].tolist() == [3]
+        assert torch.equal(row.residual[:, [size - 1, -1]], end.residual)
+        boxes = row.columns["image_boxes"]
+        assert (boxes is None) if example.image is None else (isinstance(boxes, list) and len(boxes) == 64)
+
+
+def test_roles_and_slices_choose_tokens(tmp_path: Path) -> None:
+    model = loaded("llava-llama")
+    text = "Question: Is the CAT a cat? Answer:"
+    wanted = [Example(text, image(1), spans={"entity": mentions(text, "cat")}), Example("Is it? Answer:", image(2))]
+    names = ["entity", "entity[-1]", "prompt[-3:]", "answer[0]", "answer[:2]", "reference"]
+    store = taken(model, wanted, tmp_path / "acts", positions=names, stop=None)
+    assert store.header.positions == tuple(names)
+    first, second = (store.row(id_) for id_ in ids_of(wanted, None, names))
+    words = model.tokenizer.convert_ids_to_tokens(first.token_ids.tolist())
+    chosen = {
+        name: [w for w, m in zip(words, first.token_marks.tolist(), strict=True) if m >> i & 1]
+        for i, name in enumerate(names)
+    }
+    assert "".join(chosen["entity"]).replace("Ġ", "") == "CATcat"
+    assert chosen["entity[-1]"] == chosen["entity"][-1:]
+    assert len(chosen["prompt[-3:]"]) == 3
+    spoken = first.columns["answer_token_ids"]
+    assert isinstance(spoken, list)
+    assert chosen["answer[0]"] == model.tokenizer.convert_ids_to_tokens(spoken[:1])
+    assert chosen["answer[:2]"] == model.tokenizer.convert_ids_to_tokens(spoken[:2])
+    assert not chosen["reference"]
+    assert not (second.token_marks & 3).any()
+
+
+def test_the_decoder_of_an_encoder_decoder_has_a_start(tmp_path: Path) -> None:
+    model = loaded("blip2_t5-t5")
+    names = ["start", "all", "query"]
+    wanted = examples(3)
+    store = taken(model, wanted, tmp_path / "acts", positions=names, stop=None)
+    for id_, example in zip(ids_of(wanted, None, names), wanted, strict=True):
+        row = store.row(id_)
+        size, spoken = row.columns["n_input_tokens"], row.columns["answer_token_ids"]
+        assert isinstance(size, int)
+        assert isinstance(spoken, list)
+        assert row.token_positions.tolist() == list(range(size + 1 + len(spoken)))
+        assert row.token_roles[size:].tolist() == [ROLES["start"], *[ROLES["answer"]] * len(spoken)]
+        assert (row.token_marks & 1).nonzero()[:, 0].tolist() == [size]
+        assert (row.token_roles == ROLES["query"]).sum() == (4 if example.image else 0)
+        # The logits of the first token of the answer follow from the start token's last layer.
+        found = reference(row.residual[-1, size][None], model.unembedding(), torch.tensor(spoken[:1]))
+        logprobs = row.columns["answer_logprobs"]
+        assert isinstance(logprobs, list)
+        assert float(found.log_prob[0]) == pytest.approx(logprobs[0], abs=1e-4)
+
+
+def test_prompts_alone(tmp_path: Path) -> None:
+    wanted = examples(3)
+    store = taken(loaded("llava-llama"), wanted, tmp_path / "acts", positions=["last_input"], max_new_tokens=0)
+    assert store.rows["answer"].tolist() == [""] * 3
+    ends = taken(loaded("llava-llama"), wanted, tmp_path / "ends", positions=["last_input"])
+    assert sorted(store.layer(2, "last_input").sum(1).tolist()) == sorted(ends.layer(2, "last_input").sum(1).tolist())
+
+
+def test_drawn_answers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    model, wanted = loaded("llava-llama"), examples(6)
+    one, many, other = (
+        taken(
+            model,
+            wanted,
+            tmp_path / f"{size}-{seed}",
+            batch_size=size,
+            temperature=20.0,
+            seed=seed,
+            positions=["last_input"],
+        )
+        for size, seed in ((1, 0), (6, 0), (6, 1))
+    )
+    drawn = Decoding(6, ("###",), temperature=20.0)
+    ids = row_ids(wanted, parse_positions(["last_input"]), drawn)
+    assert one.rows.loc[ids, "answer"].tolist() == many.rows.loc[ids, "answer"].tolist()
+    assert sorted(other.rows["answer"]) != sorted(many.rows["answer"])
+
+
+class TooMany:
+    """A trace in a memory that holds so many rows."""
+
+    def __init__(self, most: int, error: Exception) -> None:
+        self.most, self.error, self.sizes = most, error, list[int]()
+        self.original = batch_module.trace
+
+    def __call__(self, model: Model, inputs: dict[str, torch.Tensor], *args: Any, **options: Any) -> Any:
+        self.sizes.append(len(inputs["input_ids"]))
+        if self.sizes[-1] > self.most:
+            raise self.error
+        return self.original(model, inputs, *args, **options)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] can't allocate memory: you tried"),
+    ],
+)
+def test_a_batch_too_large_for_the_memory_is_halved(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, wanted = loaded("llava-llama"), [e for e in examples(14) if e.image]
+    whole = taken(model, wanted, tmp_path / "whole", batch_size=7)
+    small = TooMany(2, error)
+    monkeypatch.setattr(batch_module, "trace", small)
+    with pytest.warns(UserWarning, match="does not hold 7 rows at once; from here 4 are run"):
+        store = taken(model, wanted, tmp_path / "acts", batch_size=7)
+    # Once it is known what fits, no more is tried.
+    assert small.sizes == [7, 4, 2, 2, 2, 1, 2]
+    assert store.rows["error"].isna().all()
+    for id_ in whole.ids:
+        assert torch.allclose(store.row(id_).residual, whole.row(id_).residual, rtol=0, atol=1e-4)
+
+
+def test_an_example_too_large_for_the_memory_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_module, "trace", TooMany(0, MemoryError()))
+    with pytest.warns(UserWarning, match="does not hold"):
+        store = taken(loaded("llava-llama"), examples(3), tmp_path / "acts")
+    assert store.rows["error_kind"].tolist() == ["memory"] * 3
+
+
+def test_other_errors_of_the_model_are_not_taken_for_a_lack_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_module, "trace", TooMany(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        taken(loaded("llava-llama"), examples(3), tmp_path / "acts")
+
+
+def test_a_picture_that_the_processor_cannot_use_is_recorded(tmp_path: Path) -> None:
+    # Qwen's refuses pictures 200 times as wide as high.
+    model = loaded("qwen2_vl-qwen2_vl_text")
+    wanted = [Example("What is this? Answer:", image(3, 900, 2)), *[e for e in examples(4) if e.image]]
+    store = taken(model, wanted, tmp_path / "acts")
+    rows = store.rows.loc[ids_of(wanted)]
+    assert rows["error_kind"].fillna("").tolist() == ["processor", "", ""]
+    assert "ratio" in rows["error"].iloc[0]
+
+
+def test_roles_that_are_none_are_refused(tmp_path: Path) -> None:
+    for spans, words in (({"animal": [(0, 1)]}, "role 'animal'"), ({"entity": [(0, 99)]}, "outside their text of 4")):
+        with pytest.raises(ConfigError, match=words):
+            taken(loaded("llava-llama"), [Example("what", None, spans=spans)], tmp_path / "acts")

@@ -36,30 +36,45 @@ def probe_family(hf: PreTrainedModel, where: str) -> Family:
         for path, module in hf.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == layers and not any(name in path for name in TOWERS)
     ]
-    decoders = lists
-    if config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False):
-        decoders = [path for path in lists if "encoder" not in path]
-    blocks = _only(decoders, f"list of {layers} decoder blocks", where)
-    beside = hf.get_submodule(blocks.rpartition(".")[0]) if "." in blocks else hf
-    prefix = blocks.rpartition(".")[0] + "." if "." in blocks else ""
-    norms = [prefix + name for name, module in beside.named_children() if _is_norm(module, width)]
+    # A T5's block is itself a list.
+    lists = [path for path in lists if not any(path.startswith(other + ".") for other in lists)]
+    both = bool(config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False))
+    encoders = [path for path in lists if both and "encoder" in path]
+    blocks = _only([path for path in lists if path not in encoders], f"list of {layers} decoder blocks", where)
+    encoder = _only(encoders, "list of encoder blocks", where) if both else ""
     head = hf.get_output_embeddings()
     heads = [path for path, module in hf.named_modules() if module is head and isinstance(module, nn.Linear)]
-    encoders = [path for path in lists if path not in decoders]
-    has_media = [name for name in PLACEHOLDERS if getattr(config, name, None) is not None]
-    modality: Modality = "text" if not has_media else "audio" if has_media[0].startswith("audio") else "image"
+    inner = [
+        path for path, module in hf.named_children() if isinstance(module, PreTrainedModel) and module.can_generate()
+    ]
+    placeholders = [name for name in PLACEHOLDERS if getattr(config, name, None) is not None]
+    modality: Modality = "text"
+    if placeholders:
+        modality = "audio" if placeholders[0].startswith("audio") else "image"
     return Family(
         name=f"probed:{type(hf).__name__}",
         architectures=(type(hf).__name__,),
         language_models=(str(text.model_type),),
         modality=modality,
         blocks=blocks,
-        final_norm=_only(norms, f"norm of width {width} beside {blocks}", where),
+        final_norm=_norm_beside(hf, blocks, width, where),
         unembedding=_only(heads, "unembedding", where),
-        encoder=_only(encoders, "list of encoder blocks", where) if encoders else "",
-        placeholder=has_media[0] if has_media else "",
-        processor_parts=() if modality == "text" else ("image_processor",) if modality == "image" else (),
+        encoder=encoder,
+        encoder_norm=_norm_beside(hf, encoder, width, where) if both else "",
+        generator=inner[0] if len(inner) == 1 else "",
+        placeholder=placeholders[0] if placeholders else "",
+        # Who has a Q-Former has a processor that puts the image tokens in front.
+        prompt="{text}" if hasattr(hf, "qformer") else "{image}\n{text}",
+        queries="qformer" if hasattr(hf, "qformer") else "",
+        processor_parts=("image_processor",) if modality == "image" else (),
     )
+
+
+def _norm_beside(hf: PreTrainedModel, blocks: str, width: int, where: str) -> str:
+    home, dot, _ = blocks.rpartition(".")
+    beside = hf.get_submodule(home) if home else hf
+    norms = [home + dot + name for name, module in beside.named_children() if _is_norm(module, width)]
+    return _only(norms, f"norm of width {width} beside {blocks}", where)
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:

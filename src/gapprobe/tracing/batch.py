@@ -31,7 +31,7 @@ class Prompts:
     numbers: tuple[int, ...]
     inputs: dict[str, Tensor]
     tables: tuple[TokenTable, ...]
-    marks: tuple[UInt8[np.ndarray, " t"], ...]
+    marks: tuple[NDArray[np.uint8], ...]
     """By example and token, bit i is set where position i chose the token."""
 
 

@@ -117,9 +117,9 @@ def _parse(name: str, rule: str | Chooser) -> Position:
             "prompt[-5:]; or a function from the table of tokens to indices"
         )
     of, index, start, stop = found.groups()
+    if of == "all" and (index or start or stop):
+        raise ConfigError(f"position {rule!r}: all has no parts; take prompt or answer")
     if index is not None:
         first = int(index)
         return Position(name, found[0], of, slice(first, None if first == -1 else first + 1))
-    if of == "all" and (start or stop):
-        raise ConfigError(f"position {rule!r}: all has no slices; take prompt or answer")
     return Position(name, found[0], of, slice(int(start) if start else None, int(stop) if stop else None))
