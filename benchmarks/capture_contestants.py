@@ -517,7 +517,12 @@ class Nnterp(Contestant):
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         super().__init__(subject, folder)
-        self._model = import_module("nnterp").StandardizedTransformer(subject.model.hf, tokenizer=self.model.tokenizer)
+        wrap, words = import_module("nnterp").StandardizedTransformer, subject.model.tokenizer
+        try:
+            self._model = wrap(subject.model.hf, tokenizer=words)
+        except import_module("nnterp.rename_utils").RenamingError:
+            # Its check runs a text alone, and looks for the unembedding in one place.
+            self._model = wrap(subject.model.hf, tokenizer=words, check_renaming=False)
 
     @torch.no_grad()
     def run(self, task: Task, folder: Path) -> list[list[Tensor]]:  # noqa: ARG002
@@ -552,7 +557,7 @@ class Elsewhere(Contestant):
     def __init__(self, subject: Subject, folder: Path) -> None:
         super().__init__(subject, folder)
         python = self._environment(folder.parents[1] / f"{self.name}-environment")
-        torch.save(subject, folder / "subject.pt")
+        send(subject, folder / "subject.pt")
         command = [str(python), "-m", __name__, self.inner.__name__, str(folder)]
         environment = os.environ | {"PYTHONPATH": f"{_REPOSITORY}{os.pathsep}{_REPOSITORY / 'src'}"}
         self._log = (folder / "log.txt").open("w+", encoding="utf-8")
@@ -743,12 +748,31 @@ CONTESTANTS: tuple[type[Contestant], ...] = (
 )
 
 
+def send(subject: Subject, file: Path) -> None:
+    """Write a subject for another process. A model that was pickled whole would not be quite itself there."""
+    hf: Any = subject.model.hf
+    parts = {"kind": type(hf), "config": hf.config, "state": hf.state_dict(), "buffers": dict(hf.named_buffers())}
+    torch.save(parts | {"subject": replace(subject, model=replace(subject.model, hf=None))}, file)
+
+
+def received(file: Path) -> Subject:
+    """Return a subject that another process sent."""
+    parts = torch.load(file, weights_only=False)
+    hf = parts["kind"](parts["config"]).eval().requires_grad_(False)
+    hf.load_state_dict(parts["state"], assign=True)
+    for name, tensor in parts["buffers"].items():
+        module, _, last = name.rpartition(".")
+        setattr(hf.get_submodule(module), last, tensor)
+    subject: Subject = parts["subject"]
+    return replace(subject, model=replace(subject.model, hf=hf))
+
+
 def serve(name: str, folder: Path) -> None:
     """Be the process of an `Elsewhere`: measure whatever case is asked for, line by line, until nobody asks."""
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
     # What libraries print must not come in between.
     os.dup2(2, 1)
-    subject: Subject = torch.load(folder / "subject.pt", weights_only=False)
+    subject = received(folder / "subject.pt")
     contestant = globals()[name](subject, folder)
     version = import_module("importlib.metadata").version
     print(json.dumps({d: version(d) for d in contestant.distributions}), file=told, flush=True)

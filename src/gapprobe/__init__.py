@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gapprobe.errors import OutputError as OutputError
     from gapprobe.errors import StoreError as StoreError
     from gapprobe.lens.logit import logit_lens as logit_lens
+    from gapprobe.models.bridge import to_transformer_lens as to_transformer_lens
     from gapprobe.models.check import check_model as check_model
     from gapprobe.models.loading import load_model as load_model
     from gapprobe.probes.sweep import sweep_probes as sweep_probes
@@ -40,11 +41,13 @@ if TYPE_CHECKING:
     from gapprobe.study.run import Study as Study
     from gapprobe.study.run import run_studies as run_studies
     from gapprobe.tasks.examples import Example as Example
+    from gapprobe.tasks.examples import mentions as mentions
     from gapprobe.tasks.images import ImageFile as ImageFile
     from gapprobe.tasks.images import load_images as load_images
     from gapprobe.tasks.prompts import load_template as load_template
     from gapprobe.tasks.questions import load_questions as load_questions
     from gapprobe.tracing.run import capture as capture
+    from gapprobe.tracing.tokens import TokenTable as TokenTable
 
 __version__ = "0.1.0"
 
@@ -59,6 +62,9 @@ _HOMES = {
     "logit_lens": "gapprobe.lens.logit",
     "check_model": "gapprobe.models.check",
     "load_model": "gapprobe.models.loading",
+    "to_transformer_lens": "gapprobe.models.bridge",
+    "mentions": "gapprobe.tasks.examples",
+    "TokenTable": "gapprobe.tracing.tokens",
     "sweep_probes": "gapprobe.probes.sweep",
     "write_report": "gapprobe.report.page",
     "risk_coverage": "gapprobe.selective",
