@@ -10,6 +10,7 @@ import gapprobe.tracing.run as run_module
 from gapprobe.errors import ConfigError, ModelError, OutputError, StoreError
 from gapprobe.kernels.logit_lens import reference
 from gapprobe.models.model import Model
+from gapprobe.models.trace import trace
 from gapprobe.store.format import ROLES
 from gapprobe.store.reader import Store, open_store
 from gapprobe.store.writer import StoreWriter
@@ -459,3 +460,44 @@ def test_roles_that_are_none_are_refused(tmp_path: Path) -> None:
     for spans, words in (({"animal": [(0, 1)]}, "role 'animal'"), ({"entity": [(0, 99)]}, "outside their text of 4")):
         with pytest.raises(ConfigError, match=words):
             taken(loaded("llava-llama"), [Example("what", None, spans=spans)], tmp_path / "acts")
+
+
+def test_a_site_of_the_blocks_is_kept_as_the_stream_is(tmp_path: Path) -> None:
+    model, wanted = loaded("llava-llama"), examples(4)
+    stream, mlp, attention = (
+        taken(model, wanted, tmp_path / site, site=site) for site in ("residual", "mlp", "attention")
+    )
+    assert mlp.header.layers == (1, 2, 3)
+    for id_ in stream.ids:
+        whole, added = stream.row(id_).residual, mlp.row(id_).residual + attention.row(id_).residual
+        assert torch.allclose(whole[:-1] + added, whole[1:], rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("site", ["vision", "bridge", "queries"])
+def test_a_site_of_the_tower_keeps_the_pictures_own_tokens(site: str, tmp_path: Path) -> None:
+    model, wanted = loaded("instructblip-llama"), examples(4)
+    store = taken(model, wanted, tmp_path / "acts", site=site)
+    tokens, width = {"vision": (17, 24), "bridge": (4, WIDTH), "queries": (4, 24)}[site]
+    assert store.header.width == width
+    assert store.header.model["site"] == site
+    for example, id_ in zip(wanted, row_ids(wanted, parse_positions(["all"]), Decoding(6)), strict=True):
+        row = store.row(id_)
+        if example.image is None:
+            assert "without one the site" in str(row.columns["error"])
+            continue
+        inputs = model.encode([example.text], [example.image.load()])
+        found = trace(model, inputs, torch.empty(0, dtype=torch.int64), store.header.layers, site=site)
+        assert torch.equal(row.residual, found.prompt)
+        assert row.token_positions.tolist() == list(range(tokens))
+        assert row.columns["answer"]
+
+
+def test_a_store_holds_one_site(tmp_path: Path) -> None:
+    model, wanted = loaded("llava-llama"), examples(2)
+    taken(model, wanted, tmp_path / "acts", site="mlp", layers=[1])
+    with pytest.raises(StoreError, match=r"model\.site is 'mlp' in the store and 'attention' in this run"):
+        taken(model, wanted, tmp_path / "acts", site="attention", layers=[1])
+    with pytest.raises(ConfigError, match="no tokens of a prompt to choose from"):
+        taken(model, wanted, tmp_path / "other", site="bridge", positions=["image"])
+    with pytest.raises(ConfigError, match=r"layers \[0\] must be 'all' or numbers from 1 to 3"):
+        taken(model, wanted, tmp_path / "other", site="mlp", layers=[0])

@@ -25,7 +25,7 @@ class Offload:
         """Return whether every layer has come."""
         return self.filled == len(self._room)
 
-    def take(self, hidden: Float[Tensor, "n t d"], lines: Int[Tensor, " m"]) -> None:
+    def take(self, hidden: Float[Tensor, "*n d"], lines: Int[Tensor, " m"]) -> None:
         """Copy some tokens of the next layer; `lines` counts them over the whole batch."""
         flat, out = hidden.reshape(-1, hidden.shape[-1]), self._room[self.filled]
         self.filled += 1

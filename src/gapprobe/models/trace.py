@@ -1,4 +1,4 @@
-"""One traced call of a model: the residual stream of chosen tokens at chosen layers, while the model answers.
+"""One traced call of a model: the residual stream (or another site) of chosen tokens and layers, while it answers.
 
 Layer 0 is what the first block reads (embeddings with the image features merged), layer l what block l returns; all of
 them before the final norm. The call is the model's own `generate`: its first step reads the prompt, each later one the
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from gapprobe.models.model import Model
 from gapprobe.models.offload import Offload
+from gapprobe.models.sites import IN_TOWER, Site, Tap, taps
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Traced:
     """What leaves the trace, in main memory.
 
     Attributes:
-        prompt: by layer, kept token (in the order asked for) and width.
+        prompt: by layer, kept token (in the order asked for; of a site in the tower, all) and width.
         spoken: by step, layer, row and width: what the decoder read one token at a time. Of an encoder-decoder, step 0
             is the start token; of a decoder, the first generated token.
     """
@@ -48,6 +48,7 @@ def trace(
     ending: StoppingCriteria | None = None,
     steps: int = 1,
     dtype: torch.dtype | None = None,
+    site: Site = "residual",
 ) -> Traced:
     """Let the model answer, and keep the residual stream on the way.
 
@@ -55,36 +56,34 @@ def trace(
         model: the model.
         inputs: what `Model.encode` returned, n rows padded to t tokens.
         keep: which tokens of the prompts, as row · t + column.
-        layers: numbers from 0 to `model.n_layers`, rising.
+        layers: numbers of the site's layers, rising; of the residual stream 0 to `model.n_layers`.
         picker: sees the logits of each step, `[n v]`; the largest that it returns is the next token.
         ending: says after each step which rows are done.
         steps: the most steps; 1 reads the prompt and no answer.
         dtype: of what is kept; the model's own by default.
+        site: what to read. Of a site in the tower all tokens are kept, of all rows one after another, and `keep` counts
+            for nothing.
     """
-    family, wanted = model.family, frozenset(layers)
     # Without image the outer model of some families cannot run; its language model alone is the same function then.
-    path = "" if model.has_media(inputs) else family.generator
+    path = "" if model.has_media(inputs) else model.family.generator
     entry = operator.attrgetter(path)(model.traced) if path else model.traced
-    decoder = operator.attrgetter(family.blocks)(model.traced)
-    encoder = operator.attrgetter(family.encoder)(model.traced) if family.encoder else None
-    n, size = len(inputs["attention_mask"]), (len(layers), model.width)
-    kept = Offload(size[0], len(keep), size[1], dtype or model.dtype, model.hf.device)
-    keep = keep.to(model.hf.device)
+    decoder = taps(model, site, model.family.blocks)
+    encoder = taps(model, site, model.family.encoder) if model.family.encoder else None
+    n, size, device = len(inputs["attention_mask"]), (len(layers), model.width), model.hf.device
+    kept = Offload(size[0], len(keep), size[1], dtype or model.dtype, device)
+    keep, rows = keep.to(device), torch.arange(n, device=device)
     spoken: list[Offload] = []
-    rows = torch.arange(n, device=model.hf.device)
+    seen: list[Tensor] = []
 
-    def read(blocks: Any, out: Offload, lines: Tensor) -> None:
-        if 0 in wanted:
-            out.take(blocks[0].input, lines)
-        for number, block in enumerate(blocks, start=1):
-            if number in wanted:
-                out.take(_hidden(block.output), lines)
+    def read(states: Callable[[int], Tap], out: Offload, lines: Tensor) -> None:
+        for layer in layers:
+            out.take(states(layer).read(), lines)
 
     def step(number: int) -> None:
         if number == 0 and encoder is None:
             read(decoder, kept, keep)
         else:
-            spoken.append(Offload(size[0], n, size[1], kept.dtype, model.hf.device))
+            spoken.append(Offload(size[0], n, size[1], kept.dtype, device))
             read(decoder, spoken[-1], rows)
 
     config = model.greedy(steps)
@@ -96,6 +95,12 @@ def trace(
     with model.only_asked(config), warnings.catch_warnings():
         # How an open loop over the steps ends when the answer does.
         warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
+        if site in IN_TOWER:
+            with entry.trace(**inputs, **options, fn="generate"):
+                for layer in layers:
+                    state = decoder(layer).read()
+                    seen.append(state.reshape(-1, state.shape[-1]).to(kept.dtype).cpu())
+            return Traced(torch.stack(seen), torch.empty(0, size[0], n, seen[0].shape[-1], dtype=kept.dtype))
         with entry.trace(**inputs, **options, fn="generate") as tracer:
             if encoder is not None:
                 read(encoder, kept, keep)
@@ -103,8 +108,3 @@ def trace(
                 step(number)
     done = [out.result() for out in spoken if out.full]
     return Traced(kept.result(), torch.stack(done) if done else torch.empty(0, size[0], n, size[1], dtype=kept.dtype))
-
-
-def _hidden(output: Any) -> Tensor:
-    """Return a block's hidden states; T5 and some versions of transformers return them in a tuple."""
-    return output[0] if isinstance(output, tuple) else output

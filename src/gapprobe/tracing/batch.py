@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gapprobe.errors import DataError
 from gapprobe.models.model import Model
+from gapprobe.models.sites import IN_TOWER, Site
 from gapprobe.models.trace import Traced, trace
 from gapprobe.store.format import DTYPES, ROLES, StoredRow, Value
 from gapprobe.tasks.examples import Example
@@ -45,6 +46,8 @@ class Batches:
         positions: what tokens to keep.
         decoding: how answers are made.
         dtype: of what is stored.
+        site: where in the model states are read.
+        width: of a state there.
         limit: the most rows that fitted into memory at once, once too many were tried.
     """
 
@@ -53,7 +56,14 @@ class Batches:
     positions: tuple[Position, ...]
     decoding: Decoding
     dtype: str
+    site: Site
+    width: int
     limit: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Run one row at a time where the states of a batch cannot be told apart by row."""
+        if self.site in IN_TOWER:
+            self.limit = 1
 
     def rows(self, examples: Sequence[Example], ids: Sequence[str]) -> list[StoredRow]:
         """Return the row of each example; those that cannot be run have no tokens."""
@@ -70,6 +80,8 @@ class Batches:
             try:
                 self.model.refuse_text(example.text)
                 kind = "image"
+                if example.image is None and self.site in IN_TOWER:
+                    raise DataError(f"there is no image, and without one the site {self.site!r} does not run")
                 images[i] = example.image.load() if example.image else None
             except DataError as error:
                 failed[i] = self._failed(ids[i], example, str(error), kind)
@@ -185,6 +197,7 @@ class Batches:
                 ending=ending,
                 steps=ending.steps,
                 dtype=DTYPES[self.dtype][1],
+                site=self.site,
             )
         except (RuntimeError, MemoryError) as error:
             if not _lacks_memory(error):
@@ -212,23 +225,23 @@ class Batches:
         for row, (i, table, marks, answer) in enumerate(
             zip(prompts.numbers, prompts.tables, prompts.marks, said, strict=True)
         ):
-            size, spoken = len(table), len(answer.token_ids)
-            asked = np.flatnonzero(marks)
-            chosen = [position.in_answer(spoken) + lead for position in self.positions]
-            starts = [np.arange(lead) if position.of in ("start", "all") else _NONE for position in self.positions]
-            heard = _marks(lead + spoken, [np.concatenate(both) for both in zip(starts, chosen, strict=True)])
-            kept = np.flatnonzero(heard)
-            prompt = traced.prompt[:, taken : taken + len(asked)]
-            taken += len(asked)
-            spelled = np.array([*self.model.starts, *answer.token_ids], dtype=np.int64)
-            roles = np.array([ROLES["start"]] * lead + [ROLES["answer"]] * spoken, dtype=np.uint8)
             found: dict[str, Value] = {
                 "answer": answer.text,
                 "answer_token_ids": list(answer.token_ids),
                 "answer_logprobs": list(answer.log_probs),
-                "n_input_tokens": size,
+                "n_input_tokens": len(table),
             }
-            boxes = table.boxes[asked][np.isin(table.roles[asked], (ROLES["image"],))]
+            if self.site in IN_TOWER:
+                rows[i] = self._in_tower(ids[i], _columns(examples[i], found), traced)
+                continue
+            asked = np.flatnonzero(marks)
+            heard = self._heard(lead, len(answer.token_ids))
+            kept = np.flatnonzero(heard)
+            prompt = traced.prompt[:, taken : taken + len(asked)]
+            taken += len(asked)
+            spelled = np.array([*self.model.starts, *answer.token_ids], dtype=np.int64)
+            roles = np.array([ROLES["start"]] * lead + [ROLES["answer"]] * len(answer.token_ids), dtype=np.uint8)
+            boxes = table.boxes[asked][table.roles[asked] == ROLES["image"]]
             if boxes.any():
                 found["image_boxes"] = boxes.ravel().tolist()
             rows[i] = StoredRow(
@@ -236,15 +249,35 @@ class Batches:
                 _columns(examples[i], found),
                 torch.cat([prompt, traced.spoken[kept, :, row].transpose(0, 1)], dim=1) if len(kept) else prompt,
                 torch.from_numpy(np.concatenate([table.ids[asked], spelled[kept]])),
-                torch.from_numpy(np.concatenate([asked, size + kept])),
+                torch.from_numpy(np.concatenate([asked, len(table) + kept])),
                 torch.from_numpy(np.concatenate([table.roles[asked], roles[kept]])),
                 torch.from_numpy(np.concatenate([marks[asked], heard[kept]])),
             )
         return rows
 
+    def _heard(self, lead: int, spoken: int) -> UInt8[np.ndarray, " t"]:
+        """Return the marks of what the decoder read one by one: `lead` tokens before the answer, and the answer."""
+        first = [np.arange(lead) if position.of in ("start", "all") else _NONE for position in self.positions]
+        then = [position.in_answer(spoken) + lead for position in self.positions]
+        return _marks(lead + spoken, [np.concatenate(both) for both in zip(first, then, strict=True)])
+
+    def _in_tower(self, id_: str, columns: dict[str, Value], traced: Traced) -> StoredRow:
+        """Return the row of a picture's tokens as the tower, the bridge or the Q-Former has them."""
+        size = traced.prompt.shape[1]
+        role = "query" if self.site == "queries" else "audio" if self.model.family.modality == "audio" else "image"
+        return StoredRow(
+            id_,
+            columns,
+            traced.prompt,
+            torch.full((size,), self.model.media_token_id or 0),
+            torch.arange(size),
+            torch.full((size,), ROLES[role], dtype=torch.uint8),
+            torch.ones(size, dtype=torch.uint8),
+        )
+
     def _failed(self, id_: str, example: Example, error: str, kind: str, length: int | None = None) -> StoredRow:
         found: dict[str, Value] = {"error": error, "error_kind": kind, "n_input_tokens": length}
-        residual = torch.empty(len(self.layers), 0, self.model.width, dtype=DTYPES[self.dtype][1])
+        residual = torch.empty(len(self.layers), 0, self.width, dtype=DTYPES[self.dtype][1])
         numbers, codes = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
         return StoredRow(id_, _columns(example, found), residual, numbers, numbers, codes, codes)
 

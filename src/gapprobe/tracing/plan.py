@@ -113,7 +113,7 @@ class Need:
         spoken = max((run.decoding.max_new_tokens if p.part == slice(None) else 1) * p.answers for p in run.positions)
         mean = sum(kept) / max(len(kept), 1) + spoken
         longest = max(kept, default=0) + spoken
-        return cls(len(missing), len(run.layers), mean, longest, run.model.width, run.dtype, batch_size)
+        return cls(len(missing), len(run.layers), mean, longest, run.width, run.dtype, batch_size)
 
     @property
     def row_bytes(self) -> float:

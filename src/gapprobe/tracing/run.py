@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import PIL.Image
+import torch
 from tqdm import tqdm
 
 from gapprobe.errors import ConfigError
 from gapprobe.models.check import check_model
 from gapprobe.models.model import Model
+from gapprobe.models.sites import IN_TOWER, Site, layers_of
+from gapprobe.models.trace import trace
 from gapprobe.store.format import DTYPES, StoreHeader
 from gapprobe.store.reader import Store, open_store
 from gapprobe.store.writer import StoreWriter
@@ -32,7 +36,8 @@ def capture(
     out: str | Path,
     *,
     layers: str | Sequence[int] = "all",
-    positions: Positions = ("last_input", "last_output"),
+    positions: Positions | None = None,
+    site: Site = "residual",
     batch_size: int = 32,
     max_new_tokens: int = 10,
     stop: str | Sequence[str] | None = "###",
@@ -55,11 +60,17 @@ def capture(
         out: folder of the store.
         layers: "all" or numbers; 0 is the embeddings with the image features merged, l the residual stream after the
             l-th block.
-        positions: which tokens to keep, at most 8 choices. `last_input` is the prompt's last token and `last_output`
-            the answer's last token before the stop text; `prompt`, `answer` and `all` are all tokens of these; a role
-            (`image`, `question`, `entity`, `reference`, `system`, `answer_cue`, `query`, of an encoder-decoder `start`)
-            those that have it; each perhaps with an index or slice, `entity[-1]`, `prompt[-5:]`. A mapping gives
-            choices names of their own, and may hold functions from `TokenTable` to indices or truth values.
+        positions: which tokens to keep, at most 8 choices; by default `last_input` and `last_output`, the last token of
+            the prompt and that of the answer before the stop text. `prompt`, `answer` and `all` are all tokens of
+            these; a role (`image`, `question`, `entity`, `reference`, `system`, `answer_cue`, `query`, of an
+            encoder-decoder `start`) those that have it; each perhaps with an index or slice, `entity[-1]`,
+            `prompt[-5:]`. A mapping gives choices names of their own, and may hold functions from `TokenTable` to
+            indices or truth values.
+        site: where states are read: `residual`, the stream after embeddings (layer 0) and after each block; `middle`,
+            the stream between a block's attention and MLP; `attention` and `mlp`, what these add to it; or, of the
+            picture's own tokens in place of the prompt's, and then all of them and one example at a time, `vision`
+            (what the tower's first block reads and each block returns), `bridge` (what enters the language model),
+            `queries` (of a Q-Former). A store holds one site.
         batch_size: rows run at once; fewer where the memory does not hold them.
         max_new_tokens: longest answer; 0 reads the prompts only.
         stop: text or texts that end an answer, or None.
@@ -88,11 +99,11 @@ def capture(
         raise ConfigError(f"batch_size {batch_size} must be at least 1")
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     decoding = Decoding(max_new_tokens, stops, temperature, top_k, top_p, seed)
-    chosen = parse_positions(positions)
-    _refuse_positions(chosen, decoding)
+    chosen = _positions(positions, site, decoding)
+    numbers = _layers(layers, layers_of(model, site))
     _refuse_roles(examples)
-    run = Batches(model, _layers(layers, model.n_layers), chosen, decoding, dtype)
     check_model(model).require()
+    run = Batches(model, numbers, chosen, decoding, dtype, site, _width(model, site))
     ids = row_ids(examples, chosen, decoding)
     plan = batches(examples, ids, batch_size)
     with StoreWriter(out, header_of(run)) as writer:
@@ -120,30 +131,45 @@ def capture(
 def header_of(run: Batches) -> StoreHeader:
     """Return the header of the store that a run writes."""
     return StoreHeader(
-        model=run.model.describe(),
+        model=run.model.describe() | ({} if run.site == "residual" else {"site": run.site}),
         processor=run.model.processor_fingerprint,
         attention=run.model.attention,
         padding_side="left",
         dtype=run.dtype,
         layers=run.layers,
-        width=run.model.width,
+        width=run.width,
         positions=tuple(position.name for position in run.positions),
         generation=run.decoding.described | {f"position.{p.name}": p.rule for p in run.positions if p.renamed},
         versions={name: version(name) for name in ("torch", "transformers", "nnsight")},
     )
 
 
-def _layers(layers: str | Sequence[int], n_layers: int) -> tuple[int, ...]:
-    chosen = tuple(range(n_layers + 1)) if isinstance(layers, str) else tuple(sorted(set(layers)))
-    if (isinstance(layers, str) and layers != "all") or not chosen or chosen[0] < 0 or chosen[-1] > n_layers:
-        raise ConfigError(f"layers {layers!r} must be 'all' or numbers from 0 (embeddings) to {n_layers} (last block)")
+def _layers(layers: str | Sequence[int], known: range) -> tuple[int, ...]:
+    chosen = tuple(known) if isinstance(layers, str) else tuple(sorted(set(layers)))
+    if (isinstance(layers, str) and layers != "all") or not chosen or any(layer not in known for layer in chosen):
+        raise ConfigError(f"layers {layers!r} must be 'all' or numbers from {known[0]} to {known[-1]} (last block)")
     return chosen
 
 
-def _refuse_positions(positions: Sequence[Position], decoding: Decoding) -> None:
-    for position in positions:
+def _positions(positions: Positions | None, site: Site, decoding: Decoding) -> tuple[Position, ...]:
+    if site in IN_TOWER:
+        if positions is not None:
+            raise ConfigError(f"the site {site!r} has no tokens of a prompt to choose from: all of its own are kept")
+        return parse_positions(["all"])
+    chosen = parse_positions(("last_input", "last_output") if positions is None else positions)
+    for position in chosen:
         if position.of == "answer" and not decoding.max_new_tokens:
             raise ConfigError(f"position {position.name!r} is in the answer, but max_new_tokens is 0")
+    return chosen
+
+
+def _width(model: Model, site: Site) -> int:
+    if site not in IN_TOWER:
+        return model.width
+    inputs = model.encode(["What is this?"], [PIL.Image.new("RGB", (64, 48))])
+    return trace(
+        model, inputs, torch.empty(0, dtype=torch.int64), (layers_of(model, site)[0],), site=site
+    ).prompt.shape[2]
 
 
 def _refuse_roles(examples: Sequence[Example]) -> None:

@@ -246,7 +246,7 @@ def _finished(model: PreTrainedModel) -> PreTrainedModel:
 
 BUILDERS: dict[str, Callable[[], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "paligemma-gemma": paligemma,
-    "paligemma-gemma2": lambda: paligemma("gemma2"),
+    "paligemma2-gemma2": lambda: paligemma("gemma2"),
     "gemma3-gemma3_text": gemma3,
     "idefics3-llama": idefics3,
     "smolvlm-llama": smolvlm,

@@ -21,6 +21,9 @@ class Family:
         blocks: the list of blocks of the decoder.
         final_norm: the norm between the last block and the unembedding.
         unembedding: the linear map from width to vocabulary.
+        middle: of a block, the module whose input is the residual stream between attention and MLP; "" is none.
+        attention: of a block, the module whose output attention adds to the residual stream; "" is not known.
+        mlp: the same of the MLP.
         encoder: the list of blocks of the text encoder, where the language model has one (T5).
         encoder_norm: the norm behind them.
         generator: the module that runs a prompt without image; "" is the model.
@@ -43,6 +46,9 @@ class Family:
     final_norm: str
     unembedding: str
     modality: Modality = "image"
+    middle: str = "post_attention_layernorm"
+    attention: str = "self_attn"
+    mlp: str = "mlp"
     encoder: str = ""
     encoder_norm: str = ""
     generator: str = ""

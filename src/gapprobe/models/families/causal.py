@@ -3,7 +3,8 @@
 from gapprobe.models.families.base import Family
 
 
-def _row(name: str, architecture: str, blocks: str, final_norm: str) -> Family:
+def _row(name: str, architecture: str, blocks: str, final_norm: str, *parts: str) -> Family:
+    middle, attention, mlp = parts or (Family.middle, Family.attention, Family.mlp)
     return Family(
         name=name,
         architectures=(architecture,),
@@ -12,6 +13,9 @@ def _row(name: str, architecture: str, blocks: str, final_norm: str) -> Family:
         blocks=blocks,
         final_norm=final_norm,
         unembedding="lm_head",
+        middle=middle,
+        attention=attention,
+        mlp=mlp,
         placeholder="",
         prompt="{text}",
         processor_parts=(),  # the tokenizer is all there is
@@ -25,7 +29,15 @@ FAMILIES = (
     _row("qwen3", "Qwen3ForCausalLM", "model.layers", "model.norm"),
     _row("gemma", "GemmaForCausalLM", "model.layers", "model.norm"),
     _row("phi3", "Phi3ForCausalLM", "model.layers", "model.norm"),
-    _row("gpt2", "GPT2LMHeadModel", "transformer.h", "transformer.ln_f"),
-    _row("gpt_neox", "GPTNeoXForCausalLM", "gpt_neox.layers", "gpt_neox.final_layer_norm"),
-    _row("opt", "OPTForCausalLM", "model.decoder.layers", "model.decoder.final_layer_norm"),
+    _row("gpt2", "GPT2LMHeadModel", "transformer.h", "transformer.ln_f", "ln_2", "attn", "mlp"),
+    _row("gpt_neox", "GPTNeoXForCausalLM", "gpt_neox.layers", "gpt_neox.final_layer_norm", "", "attention", "mlp"),
+    _row(
+        "opt",
+        "OPTForCausalLM",
+        "model.decoder.layers",
+        "model.decoder.final_layer_norm",
+        "final_layer_norm",
+        "self_attn",
+        "fc2",
+    ),
 )
