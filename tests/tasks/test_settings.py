@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 
 from gapprobe.errors import ConfigError, DataError
+from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageFile, ImageSet, TrivialImage, load_images
 from gapprobe.tasks.prompts import PromptTemplate, load_template
 from gapprobe.tasks.questions import Entity, Question, QuestionSet, leaks
@@ -42,6 +43,28 @@ def test_each_setting_asks_what_the_study_says() -> None:
     assert [c.text for c in trial.text_only] == [trial.full_information.text] * 4
     assert [c.text for c in trial.guess_control] == [trial.visual.text] * 4
     assert [c.image and c.image.name for c in trial.text_only] == ["black-6x4", "white-6x4", "noise-6x4", None]
+
+
+def test_what_stretches_of_a_prompt_are_goes_with_it() -> None:
+    trial = build_trials(QUESTIONS, image_set(), TEMPLATE, images_per_question=1)[0]
+
+    def parts(example: Example) -> dict[str, list[str]]:
+        return {role: [example.text[a:b] for a, b in spans] for role, spans in example.spans.items()}
+
+    before = "Be short. Q: Q1 A: A1 # Q: "
+    assert parts(trial.full_information) == {"system": [before], "answer_cue": [" A:"], "entity": ["can"]}
+    reference = "the object in the image"
+    assert parts(trial.visual) == {"system": [before], "answer_cue": [" A:"], "reference": [reference]}
+    assert parts(trial.identification) == {"system": [before], "answer_cue": [" A:"], "reference": []}
+    assert parts(trial.text_only[0]) == parts(trial.full_information)
+    assert parts(trial.guess_control[-1]) == parts(trial.visual)
+
+
+def test_an_entity_in_the_plural_is_a_mention_of_it() -> None:
+    many = QuestionSet((CAN,), (Question("can", "n", "How heavy are {entity}s?", "x"),), "the thing", "What?")
+    trial = build_trials(many, image_set(), TEMPLATE, images_per_question=1)[0]
+    ((a, b),) = trial.full_information.spans["entity"]
+    assert trial.full_information.text[a : b + 1] == "cans"
 
 
 def test_images_are_drawn_without_replacement_and_the_same_for_the_same_seed() -> None:

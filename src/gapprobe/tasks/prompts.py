@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gapprobe.errors import ConfigError
+from gapprobe.tasks.examples import Span
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class PromptTemplate:
         """Return the whole prompt that asks `question`."""
         solved = [self.solved.format(question=q, answer=a, stop=self.stop) for q, a in self.examples]
         return self.separator.join([self.instruction, *solved, self.query.format(question=question)])
+
+    def spans(self, question: str) -> dict[str, tuple[Span, ...]]:
+        """Return what stretches of `render(question)` are: all before the question is system, all behind it its cue."""
+        asked = self.query.format(question=question)
+        end = len(self.render(question))
+        start = end - len(asked) + asked.index(question)
+        return {"system": ((0, start),), "answer_cue": ((start + len(question), end),)}
 
 
 def load_template(path: Path) -> PromptTemplate:

@@ -6,13 +6,13 @@ calls: the text-only prompt, say, is the same for all images of an entity, and i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gapprobe.errors import ConfigError, DataError
-from gapprobe.tasks.examples import Example
+from gapprobe.tasks.examples import Example, Span, mentions
 from gapprobe.tasks.images import ImageFile, ImageSet, TrivialImage, size_of
 from gapprobe.tasks.prompts import PromptTemplate
 from gapprobe.tasks.questions import Question, QuestionSet
@@ -78,31 +78,55 @@ def build_trials(
 def _trial(
     question: Question, image: ImageFile, questions: QuestionSet, template: PromptTemplate, trivial: Sequence[str]
 ) -> Trial:
-    named = template.render(question.naming(question.entity))
-    referred = template.render(question.referring(questions.reference))
+    identify = _Prompt.of(template, questions.identify, reference=questions.reference)
+    named = _Prompt.of(template, question.naming(question.entity), entity=question.entity)
+    referred = _Prompt.of(template, question.referring(questions.reference), reference=questions.reference)
 
-    def on_image(setting: str, text: str) -> Example:
+    def on_image(setting: str, prompt: _Prompt) -> Example:
         asked = "" if setting == "identification" else question.id
-        return Example(text, image, _columns(setting, asked, question.entity, image.name))
+        columns = _columns(setting, asked, question.entity, image.name)
+        return Example(prompt.text, image, columns, prompt.spans)
 
-    def on_trivial(setting: str, text: str, entity: str) -> tuple[Example, ...]:
+    def on_trivial(setting: str, prompt: _Prompt, entity: str) -> tuple[Example, ...]:
         try:
             width, height = size_of(image)
         except DataError:
             return ()
         pictures = [None if kind == "none" else TrivialImage(kind, width, height) for kind in trivial]
         asked = question.id if entity else question.relation
-        return tuple(Example(text, p, _columns(setting, asked, entity, p.name if p else "none")) for p in pictures)
+        return tuple(
+            Example(prompt.text, p, _columns(setting, asked, entity, p.name if p else "none"), prompt.spans)
+            for p in pictures
+        )
 
     return Trial(
         question,
         image,
-        identification=on_image("identification", template.render(questions.identify)),
+        identification=on_image("identification", identify),
         full_information=on_image("full_information", named),
         visual=on_image("visual", referred),
         text_only=on_trivial("text_only", named, question.entity),
         guess_control=on_trivial("guess_control", referred, ""),
     )
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A rendered prompt, and what stretches of it are."""
+
+    text: str
+    spans: Mapping[str, Sequence[Span]]
+
+    @classmethod
+    def of(cls, template: PromptTemplate, question: str, **phrases: str) -> _Prompt:
+        """Render a question; `phrases` are looked for by role."""
+        text = template.render(question)
+        # A question may ask about several of a kind; the ending is no part of the name.
+        found = {
+            role: sorted((a, a + len(phrase)) for ending in ("", "s", "es") for a, _ in mentions(text, phrase + ending))
+            for role, phrase in phrases.items()
+        }
+        return cls(text, {**template.spans(question), **found})
 
 
 def _columns(setting: str, question: str, entity: str, image: str) -> dict[str, str]:
