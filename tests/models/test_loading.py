@@ -209,3 +209,54 @@ def test_a_hub_model_records_its_commit(folder: Path, tmp_path: Path) -> None:
     home = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=home, check=True)
     assert done.stdout.split() == [commit, "owner/name", load_model(folder).weights_fingerprint]
+
+
+def test_the_attention_implementation_is_the_one_asked_for(folder: Path) -> None:
+    assert load_model(folder, attention="eager").attention == "eager"
+    assert load_model(folder).attention == "sdpa"
+    refused(folder, "weights cannot be loaded", attention="nonsense")
+
+
+def test_the_dtype_is_that_of_the_stream(folders: dict[str, Path]) -> None:
+    # InstructBLIP keeps its queries, the first of its parameters, in float32.
+    model = load_model(folders["instructblip-llama"], dtype="float16")
+    assert model.hf.dtype == torch.float32
+    assert model.dtype == torch.float16
+    assert model.describe()["dtype"] == "float16"
+
+
+def test_pickled_weights_are_read_if_the_user_insists(folder: Path) -> None:
+    plain = load_model(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    model = load_model(folder, allow_pickle=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.hf.parameters(), model.hf.parameters(), strict=True))
+    assert len(model.weights_fingerprint) == 64
+
+
+def test_weights_spread_over_devices_are_the_same(folder: Path) -> None:
+    plain, spread = load_model(folder), load_model(folder, device="spread")
+    assert spread.describe() == plain.describe()
+    assert check_model(spread).passed
+    assert all(torch.equal(a, b) for a, b in zip(plain.hf.parameters(), spread.hf.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "package"), [({"device": "spread"}, "accelerate"), ({"quantized": "4bit"}, "bitsandbytes")]
+)
+def test_a_package_that_is_missing_is_named(
+    options: dict[str, Any], package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = loading.find_spec
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == package else known(name))
+    refused(folder, f"needs the package {package}: pip install {package}", **options)
+
+
+def test_a_processor_with_a_video_half_needs_no_torchvision(folders: dict[str, Path]) -> None:
+    for kind in ("qwen2_vl-qwen2_vl_text", "internvl-qwen2", "llava_onevision-qwen2", "smolvlm-llama"):
+        model = load_model(folders[kind])
+        assert "video_processor" not in model.processor.get_attributes()
+        assert (
+            type(model.processor).__name__
+            == json.loads((folders[kind] / "processor_config.json").read_text())["processor_class"]
+        )

@@ -359,3 +359,28 @@ def test_opening_reads_no_shard_and_no_table(tmp_path):
             manifest.write(replace(line, shard=number).to_line())
     (tmp_path / "shards").rename(tmp_path / "elsewhere")
     assert repr(open_store(tmp_path)).endswith("100000 rows, 3 layers, width 6)")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_a_batch_of_one_position_is_the_marked_tokens_of_each_row(data):
+    rows = [make_row(f"r{i}", data.draw(st.integers(0, 6))) for i in range(data.draw(st.integers(0, 9)))]
+    for row in rows:
+        row.token_marks[:] = torch.tensor(
+            data.draw(st.lists(st.integers(0, 3), min_size=len(row.token_marks), max_size=len(row.token_marks))),
+            dtype=torch.uint8,
+        )
+    wanted = data.draw(st.permutations(rows))[: data.draw(st.integers(0, len(rows)))]
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "s", rows, shard_bytes=data.draw(st.sampled_from([1, 300, 1 << 20])))
+        store = open_store(Path(folder) / "s")
+        for bit, name in enumerate(store.header.positions):
+            found = store.batch([row.id for row in wanted], [1, 3], name)
+            marked = [row.token_marks >> bit & 1 == 1 for row in wanted]
+            assert found.offsets.diff().tolist() == [int(mark.sum()) for mark in marked]
+            parts = [row.residual[1:, mark] for row, mark in zip(wanted, marked, strict=True)]
+            expected = torch.cat(parts, 1) if parts else torch.empty(2, 0, 6, dtype=torch.bfloat16)
+            assert torch.equal(found.residual, expected)
+            for kind in ("token_ids", "token_positions", "token_roles", "token_marks"):
+                expected = [int(v) for row, mark in zip(wanted, marked, strict=True) for v in getattr(row, kind)[mark]]
+                assert getattr(found, kind).tolist() == expected

@@ -58,26 +58,38 @@ class Job:
         self.shard.take(self.names, self.lines, out, self.places)
 
 
-def token_offsets(parts: Sequence[Part]) -> NDArray[np.int64]:
-    """Return where the tokens of each row begin among those of all rows asked for, and where the last one's end."""
+def token_offsets(parts: Sequence[Part], position: int | None = None) -> NDArray[np.int64]:
+    """Return where the tokens of each row begin among those of all rows asked for, and where the last one's end.
+
+    With a position, counted are only the tokens so marked.
+    """
     lengths = np.zeros(sum(len(part.rows) for part in parts), np.int64)
     for part in parts:
-        lengths[part.places] = part.shard.offsets[part.rows + 1] - part.shard.offsets[part.rows]
+        lengths[part.places] = _stretches(part, position)[1]
     return np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
 
 
-def token_jobs(parts: Sequence[Part], names: Sequence[str]) -> list[Job]:
-    """Return what to read for all tokens of rows."""
-    base = token_offsets(parts)
+def token_jobs(parts: Sequence[Part], names: Sequence[str], position: int | None = None) -> list[Job]:
+    """Return what to read for all tokens of rows, or for those marked as a position."""
+    base = token_offsets(parts, position)
     jobs: list[Job] = []
     for part in parts:
-        starts = part.shard.offsets[part.rows]
-        lengths = part.shard.offsets[part.rows + 1] - starts
+        starts, lengths, tokens = _stretches(part, position)
         within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
         if len(within):
-            lines, places = np.repeat(starts, lengths), np.repeat(base[part.places], lengths)
-            jobs.append(Job(part.shard, names, within + lines, within + places))
+            lines, places = within + np.repeat(starts, lengths), within + np.repeat(base[part.places], lengths)
+            jobs.append(Job(part.shard, names, lines if tokens is None else tokens[lines], places))
     return jobs
+
+
+def _stretches(
+    part: Part, position: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
+    """Return by row where its tokens begin and how many they are, counted among the marked ones if these are given."""
+    tokens = None if position is None else np.flatnonzero(part.shard.marks >> position & 1)
+    bounds = part.shard.offsets if tokens is None else np.searchsorted(tokens, part.shard.offsets)
+    starts = bounds[part.rows]
+    return starts, bounds[part.rows + 1] - starts, tokens
 
 
 def position_jobs(parts: Sequence[Part], layer: int, name: str, position: int) -> list[Job]:

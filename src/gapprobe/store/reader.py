@@ -191,22 +191,29 @@ class Store:
         return result[0]
 
     @enough_memory()
-    def batch(self, rows: Iterable[str] | None = None, layers: Sequence[int] | None = None) -> TokenBatch:
+    def batch(
+        self,
+        rows: Iterable[str] | None = None,
+        layers: Sequence[int] | None = None,
+        position: str | None = None,
+    ) -> TokenBatch:
         """Return all tokens of some rows at some layers, read in large pieces.
 
         Args:
             rows: ids, in the order wanted; all rows in the order of sealing by default.
             layers: some of `header.layers`, in the order wanted; all by default.
+            position: one of `header.positions`: only the tokens so marked, as many as each row has.
 
         Raises:
-            StoreError: a row or layer is not in the store, or a file is damaged.
+            StoreError: a row, layer or position is not in the store, or a file is damaged.
         """
+        group = None if position is None else self.header.position_index(position, self.path)
         chosen = tuple(self.header.layers if layers is None else layers)
         for layer in chosen:
             self.header.layer_index(layer, self.path)
         rows = rows if rows is None else [rows] if isinstance(rows, str) else list(rows)
         parts = self._parts(rows)
-        jobs = token_jobs(parts, [layer_name(layer) for layer in chosen])
+        jobs = token_jobs(parts, [layer_name(layer) for layer in chosen], group)
         total = sum(len(job.lines) for job in jobs)
         residual = fresh((len(chosen), total, self.header.width), self.header.torch_dtype)
         run_jobs(jobs, residual)
@@ -217,7 +224,7 @@ class Store:
             self.ids if rows is None else tuple(rows),
             chosen,
             residual,
-            torch.from_numpy(token_offsets(parts)),
+            torch.from_numpy(token_offsets(parts, group)),
             *numbers,
             *codes,
         )
@@ -345,7 +352,7 @@ class Store:
             raise StoreError(
                 f"{self.path}: row {id_!r:.80} has {count} tokens at {position!r} ({len(wrong)} of "
                 f"{sum(len(part.rows) for part in parts)} rows have not exactly one). Leave such rows out through "
-                "`rows`."
+                "`rows`, or read all such tokens with `batch`."
             )
 
     def _unmarked(self, part: Part, index: int) -> list[tuple[int, str, int]]:
