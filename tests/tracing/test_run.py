@@ -501,3 +501,18 @@ def test_a_store_holds_one_site(tmp_path: Path) -> None:
         taken(model, wanted, tmp_path / "other", site="bridge", positions=["image"])
     with pytest.raises(ConfigError, match=r"layers \[0\] must be 'all' or numbers from 1 to 3"):
         taken(model, wanted, tmp_path / "other", site="mlp", layers=[0])
+
+
+def test_what_a_run_will_take_is_said_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, wanted = loaded("llava-llama"), examples(8)
+    names = ["all"]
+    store = taken(model, wanted, tmp_path / "acts", positions=names, progress=True, dtype="bfloat16")
+    told = capsys.readouterr().err
+    assert "capture llava: 8 rows x 4 layers x " in told
+    assert "8/8" in told
+    said = float(told.split(" tokens x")[0].rsplit(" x ", 1)[1])
+    # The answers may be shorter than they can be.
+    held = store.info().tokens / 8
+    assert held <= said <= held + 6
+    taken(model, wanted, tmp_path / "acts", positions=names, progress=True, dtype="bfloat16")
+    assert "rows x" not in capsys.readouterr().err

@@ -116,6 +116,12 @@ class Need:
         return cls(len(missing), len(run.layers), mean, longest, run.width, run.dtype, batch_size)
 
     @property
+    def what(self) -> str:
+        """Return what there is to keep, in words."""
+        size = f"{self.layers} layers x {self.tokens:,.1f} tokens x {self.width} wide"
+        return f"{self.rows:,} rows x {size} in {self.dtype}"
+
+    @property
     def row_bytes(self) -> float:
         """Return the estimate for one row on disk."""
         return self._layer_bytes(self.dtype) * self.layers + TABLE_BYTES
@@ -132,8 +138,7 @@ class Need:
 
     def require(self, folder: Path, memory: int) -> None:
         """Raise OutputError, with the numbers and a smaller setting, when disk or memory have too little room."""
-        what = f"{self.rows:,} rows x {self.layers} layers x {self.tokens:,.1f} tokens x {self.width} wide"
-        require_room(folder, self.bytes, f"{what} in {self.dtype}", self._smaller)
+        require_room(folder, self.bytes, self.what, self._smaller)
         if self.batch_bytes > memory:
             fit = self.batch_size * memory // self.batch_bytes
             mend = f"Use batch_size={fit}." if fit else "Keep fewer layers or fewer tokens, or use dtype='bfloat16'."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -12,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from gapprobe.errors import ConfigError
+from gapprobe.files import told_bytes
 from gapprobe.models.check import check_model
 from gapprobe.models.model import Model
 from gapprobe.models.sites import IN_TOWER, Site, layers_of
@@ -109,12 +111,16 @@ def capture(
     with StoreWriter(out, header_of(run)) as writer:
         stored = writer.ids
         missing = [i for batch in plan for i in batch if ids[i] not in stored]
-        Need.of(run, examples, ids, missing, batch_size).require(Path(out), free_memory())
+        need = Need.of(run, examples, ids, missing, batch_size)
+        need.require(Path(out), free_memory())
         total = sum(len(batch) for batch in plan)
         name = f"capture {model.family.name}"
         bar = tqdm(total=total, initial=total - len(missing), unit="row", desc=name, disable=not progress)
         sealed = time.monotonic()
         with bar:
+            if missing and progress:
+                # How long it takes the bar says from the first batch on.
+                bar.write(f"{name}: {need.what}, about {told_bytes(need.bytes)}", file=sys.stderr)
             for batch in plan:
                 wanted = [i for i in batch if ids[i] not in stored]
                 if not wanted:
