@@ -711,10 +711,15 @@ class Gapprobe(Contestant):
 
     def start(self, task: Task, folder: Path) -> dict[str, float]:
         """Return the seconds of what is done once a model, then once a run, before the first batch."""
-        check = import_module("gapprobe.models.check").check_model
-        model, parts = self.model, {}
+        check, model = import_module("gapprobe.models.check").check_model, self.model
+        # In a process of its own: here others may have imported what nnsight needs.
+        asked = (
+            "import time, torch, transformers; t = time.perf_counter(); import nnsight; print(time.perf_counter() - t)"
+        )
+        told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+        parts = {"import of nnsight": round(float(told), 4)}
         for name, work in (
-            ("wrap the model (imports nnsight)", lambda: model.traced),
+            ("wrapping the model", lambda: model.traced),
             ("check of the model", lambda: check(model).require()),
             ("fingerprint of the weights", lambda: model.weights_fingerprint),
             ("fingerprints of configuration and processor", lambda: (model.describe(), model.processor_fingerprint)),

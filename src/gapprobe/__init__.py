@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from gapprobe.tasks.images import load_images as load_images
     from gapprobe.tasks.prompts import load_template as load_template
     from gapprobe.tasks.questions import load_questions as load_questions
+    from gapprobe.tasks.sounds import SoundFile as SoundFile
     from gapprobe.tracing.run import capture as capture
     from gapprobe.tracing.tokens import TokenTable as TokenTable
 
@@ -87,6 +88,7 @@ _HOMES = {
     "run_studies": "gapprobe.study.run",
     "Example": "gapprobe.tasks.examples",
     "ImageFile": "gapprobe.tasks.images",
+    "SoundFile": "gapprobe.tasks.sounds",
     "load_images": "gapprobe.tasks.images",
     "load_template": "gapprobe.tasks.prompts",
     "load_questions": "gapprobe.tasks.questions",

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from gapprobe.models.families import FAMILIES
 from gapprobe.models.loading import load_model
-from gapprobe.models.model import Model
+from gapprobe.models.model import Medium, Model
+from gapprobe.sound import Sound
 from tests.models import tiny
 from tests.models.zoo import plain, qwen, tiled
 
@@ -22,7 +24,16 @@ BUILDERS: dict[str, Callable[[], tuple[PreTrainedModel, Any]]] = {
 }
 KINDS = tuple(sorted(BUILDERS))
 _MODALITY = {family.name: family.modality for family in FAMILIES}
+WITH_MEDIA = tuple(kind for kind in KINDS if _MODALITY[kind.split("-")[0]] != "text")
 WITH_IMAGE = tuple(kind for kind in KINDS if _MODALITY[kind.split("-")[0]] == "image")
+
+
+def media(model: Model) -> list[Medium] | None:
+    """Return two pictures (or sounds) of different size, None for a model that reads text alone."""
+    if model.family.modality == "audio":
+        random = np.random.default_rng(0)
+        return [Sound(random.normal(0, 0.3, size).astype(np.float32), 16000) for size in (9000, 5000)]
+    return [tiny.picture(0), tiny.picture(1, 30, 60)] if model.family.modality == "image" else None
 
 
 def fresh(kind: str, *, dtype: torch.dtype = torch.float32) -> Model:

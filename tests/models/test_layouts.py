@@ -1,5 +1,6 @@
 """Where an image token's box says it lies, there the picture must change to change the token, and nowhere else."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from gapprobe.models.layouts import grid
-from gapprobe.models.model import Model
+from gapprobe.models.model import Medium, Model
 from gapprobe.models.trace import trace
+from gapprobe.sound import Sound
 from tests.models.kinds import WITH_IMAGE, fresh
 from tests.models.tiny import picture
 
@@ -33,7 +35,7 @@ def local(kind: str) -> Model:
     return model
 
 
-def image_tokens(model: Model, pictures: list[PIL.Image.Image]) -> torch.Tensor:
+def image_tokens(model: Model, pictures: Sequence[Medium]) -> torch.Tensor:
     """Return layer 0 at the image tokens of each picture."""
     inputs = model.encode(["What?"] * len(pictures), pictures)
     keep = (inputs["input_ids"] == model.media_token_id).flatten().nonzero()[:, 0]
@@ -66,7 +68,7 @@ def centres(model: Model, size: tuple[int, int]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_changes_where_its_box_lies(kind: str, size: tuple[int, int]) -> None:
     model = local(kind)
-    boxes = model.boxes(model.encode(["What?"], [picture(5, *size)]), 0, size)
+    boxes = model.boxes(model.encode(["What?"], [picture(5, *size)]), 0, picture(5, *size))
     assert boxes is not None
     found = centres(model, size).numpy()
     assert len(boxes) == len(found)
@@ -84,7 +86,7 @@ def test_a_cropped_picture_is_seen_in_its_middle() -> None:
     images: Any = model.processor.image_processor
     images.size, images.do_center_crop = {"shortest_edge": 28}, True
     size = (80, 40)
-    boxes = model.boxes(model.encode(["What?"], [picture(5, *size)]), 0, size)
+    boxes = model.boxes(model.encode(["What?"], [picture(5, *size)]), 0, picture(5, *size))
     assert boxes is not None
     assert boxes[:, [0, 2]].min() == 0.25
     assert boxes[:, [0, 2]].max() == 0.75
@@ -95,9 +97,27 @@ def test_a_cropped_picture_is_seen_in_its_middle() -> None:
 @pytest.mark.parametrize("kind", ["blip2-opt", "instructblip-llama", "instructblip_t5-t5"])
 def test_queries_have_no_place(kind: str) -> None:
     model = fresh(kind)
-    assert model.boxes(model.encode(["What?"], [picture(5)]), 0, (40, 30)) is None
+    assert model.boxes(model.encode(["What?"], [picture(5)]), 0, picture(5)) is None
 
 
 def test_a_grid_goes_row_by_row() -> None:
     assert grid(1, 2).tolist() == [[0, 0, 0.5, 1], [0.5, 0, 1, 1]]
     assert grid(2, 1, line_ends=True)[1::2].tolist() == [[0, 0, 0, 0]] * 2
+
+
+def test_a_token_of_sound_changes_when_it_is_heard() -> None:
+    model = local("qwen2_audio-qwen2")
+    base = np.random.default_rng(0).normal(0, 0.2, 12_800).astype(np.float32)
+    changed = []
+    for part in range(CELLS):
+        sound = base.copy()
+        sound[len(base) * part // CELLS : len(base) * (part + 1) // CELLS] *= -3
+        changed.append(Sound(sound, 16000))
+    states = image_tokens(model, [Sound(base, 16000), *changed])
+    boxes = model.boxes(model.encode(["What?"], changed[:1]), 0, changed[0])
+    assert boxes is not None
+    moved = (states[1:] - states[0]).norm(dim=-1).square()
+    weights = (moved / moved.sum(0, keepdim=True)).numpy()
+    assert len(boxes) == weights.shape[1] == 20
+    centre = weights.T @ ((np.arange(CELLS) + 0.5) / CELLS)
+    assert np.abs(centre - (boxes[:, 0] + boxes[:, 2]) / 2).max() < 1 / CELLS

@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from gapprobe.errors import DataError, ModelError
 from gapprobe.kernels.logit_lens import reference
 from gapprobe.models.loading import load_model
 from gapprobe.models.model import Model
+from gapprobe.sound import Sound
 from tests.models.kinds import KINDS, WITH_IMAGE, fresh, loaded
 from tests.models.tiny import CHAT, QUERIES, WIDTH, build, picture
 
@@ -65,7 +67,7 @@ def test_texts_that_cannot_be_prompts(text: str, message: str) -> None:
 
 
 def test_as_many_images_as_texts() -> None:
-    with pytest.raises(DataError, match="2 prompts came with 1 images"):
+    with pytest.raises(DataError, match="2 prompts came with 1 images or sounds"):
         loaded("llava-llama").encode(TEXTS, PICTURES[:1])
 
 
@@ -148,3 +150,26 @@ def test_fingerprints_know_weights_configuration_and_processor() -> None:
 
 def test_a_model_does_not_print_its_weights() -> None:
     assert len(repr(loaded("llava-llama"))) < 1000
+
+
+def test_media_that_a_model_does_not_read() -> None:
+    sound = Sound(np.zeros(8000, np.float32), 16000)
+    for kind, medium, words in (
+        ("gpt2-gpt2", picture(0), "reads no image"),
+        ("llava-llama", sound, "reads no audio"),
+        ("qwen2_audio-qwen2", picture(0), "reads no image"),
+        ("qwen2_audio-qwen2", Sound(np.zeros(16001, np.float32), 16000), "1.000 s long; the model reads 0.03 to 1 s"),
+        ("qwen2_audio-qwen2", Sound(np.zeros(100, np.float32), 16000), "0.006 s long"),
+    ):
+        with pytest.raises(DataError, match=words):
+            loaded(kind).encode(["What?"], [medium])
+
+
+def test_sounds_are_heard_at_the_models_rate() -> None:
+    model = loaded("qwen2_audio-qwen2")
+    t = np.arange(24_000) / 48_000
+    tone = np.sin(2 * np.pi * 440 * t).astype(np.float32)
+    fast, slow = (model.encode(["What?"], [Sound(tone[::step].copy(), 48_000 // step)]) for step in (1, 3))
+    assert torch.equal(fast["input_ids"], slow["input_ids"])
+    # A pure tone far below both limits is the same tone; the ends differ by the filter.
+    assert (fast["input_features"] - slow["input_features"])[..., 5:40].abs().median() < 0.05

@@ -7,7 +7,7 @@ from gapprobe.errors import ConfigError
 from gapprobe.models.model import Model
 from gapprobe.models.sites import Site, layers_of
 from gapprobe.models.trace import Traced, trace
-from tests.models.kinds import KINDS, WITH_IMAGE, loaded
+from tests.models.kinds import KINDS, WITH_IMAGE, WITH_MEDIA, loaded, media
 from tests.models.tiny import LAYERS, picture
 
 IN_BLOCKS = [kind for kind in KINDS if "t5" not in kind]
@@ -15,9 +15,7 @@ IN_BLOCKS = [kind for kind in KINDS if "t5" not in kind]
 
 def read(model: Model, site: Site, steps: int = 1, images: int = 2) -> Traced:
     texts = ["Question: hi hi? Answer:", "Question: What is the capital of France? Answer:"][:images]
-    inputs = model.encode(
-        texts, [picture(0), picture(1, 30, 60)][:images] if model.family.modality == "image" else None
-    )
+    inputs = model.encode(texts, (media(model) or [])[:images] or None)
     mask = inputs["attention_mask"].flatten().nonzero()[:, 0]
     return trace(model, inputs, mask, layers_of(model, site), site=site, steps=steps)
 
@@ -43,7 +41,7 @@ def test_the_middle_lies_between_attention_and_mlp(kind: str) -> None:
     assert torch.equal(middle + mlp, stream[1:])
 
 
-@pytest.mark.parametrize("kind", WITH_IMAGE)
+@pytest.mark.parametrize("kind", WITH_MEDIA)
 def test_the_tower_is_read_layer_by_layer(kind: str) -> None:
     model = loaded(kind)
     blocks: Any = model.part(model.family.vision)
@@ -54,9 +52,13 @@ def test_the_tower_is_read_layer_by_layer(kind: str) -> None:
             lambda _m, args, kwargs: seen.insert(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
         )
     )
-    found = read(model, "vision", images=1).prompt
+    inputs = model.encode(["Question: hi hi? Answer:"], (media(model) or [])[:1])
+    target: Any = model.hf
+    with model.only_asked(model.greedy(1)):
+        target.generate(**inputs, generation_config=model.greedy(1))
     for hook in hooks:
         hook.remove()
+    found = read(model, "vision", images=1).prompt
     theirs = [(out[0] if isinstance(out, tuple) else out).flatten(0, -2) for out in seen]
     assert torch.equal(found, torch.stack(theirs))
 

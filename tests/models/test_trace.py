@@ -7,16 +7,15 @@ from torch import Tensor
 
 from gapprobe.models.model import Model
 from gapprobe.models.trace import Traced, trace
-from tests.models.kinds import KINDS, WITH_IMAGE, fresh, loaded
-from tests.models.tiny import LAYERS, WIDTH, picture
+from tests.models.kinds import KINDS, WITH_MEDIA, fresh, loaded, media
+from tests.models.tiny import LAYERS, WIDTH
 
 TEXTS = ["Question: hi hi? Answer:", "Question: What is the capital of France? Answer:"]
-PICTURES = [picture(0), picture(1, 30, 60)]
-BOTH_WAYS = [(kind, False) for kind in KINDS] + [(kind, True) for kind in WITH_IMAGE]
+BOTH_WAYS = [(kind, False) for kind in KINDS] + [(kind, True) for kind in WITH_MEDIA]
 
 
 def encoded(model: Model, with_image: bool) -> dict[str, Tensor]:
-    return model.encode(TEXTS, PICTURES if with_image else None)
+    return model.encode(TEXTS, media(model) if with_image else None)
 
 
 def everywhere(inputs: dict[str, Tensor]) -> Tensor:
@@ -86,7 +85,7 @@ def test_a_batch_gives_what_its_rows_give_alone(kind: str, with_image: bool) -> 
     inputs = encoded(model, with_image)
     together = trace(model, inputs, everywhere(inputs), range(LAYERS + 1), steps=3)
     for i, text in enumerate(TEXTS):
-        alone = model.encode([text], PICTURES[i : i + 1] if with_image else None)
+        alone = model.encode([text], (media(model) or [])[i : i + 1] or None if with_image else None)
         single = trace(model, alone, everywhere(alone), range(LAYERS + 1), steps=3)
         mine = prompts(together, inputs)[i][:, inputs["attention_mask"][i].bool()]
         theirs = prompts(single, alone)[0]

@@ -7,7 +7,7 @@ from gapprobe.errors import ConfigError
 from gapprobe.models.model import Model
 from gapprobe.models.trace import trace
 from gapprobe.tracing.answers import Answer, Decoding, Ending, Picker, answers, cut
-from tests.models.kinds import KINDS, WITH_IMAGE, fresh, loaded
+from tests.models.kinds import KINDS, WITH_MEDIA, fresh, loaded, media
 from tests.models.tiny import picture, tokenizer
 
 WORDS = tokenizer()
@@ -90,14 +90,14 @@ def answered(
     return answers(model, picker)
 
 
-@pytest.mark.parametrize(("kind", "with_image"), [(k, False) for k in KINDS] + [(k, True) for k in WITH_IMAGE])
+@pytest.mark.parametrize(("kind", "with_image"), [(k, False) for k in KINDS] + [(k, True) for k in WITH_MEDIA])
 def test_a_batch_is_answered_as_transformers_answers_each_alone(kind: str, with_image: bool) -> None:
     model = loaded(kind)
     texts = ["Question: hi? Answer:", "Question: What is the capital of France? Answer:"]
-    pictures = [picture(0), picture(1, 30, 60)]
-    found = answered(model, model.encode(texts, pictures if with_image else None))
+    both = media(model) if with_image else None
+    found = answered(model, model.encode(texts, both))
     for i, answer in enumerate(found):
-        alone = model.encode(texts[i : i + 1], pictures[i : i + 1] if with_image else None)
+        alone = model.encode(texts[i : i + 1], both and both[i : i + 1])
         theirs: Any = model.hf if with_image else model.part(model.family.generator)
         never = [] if model.media_token_id is None else [model.media_token_id]
         ends = sorted(model.end_tokens)

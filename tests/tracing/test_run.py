@@ -1,10 +1,13 @@
+import io
 import shutil
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.io import wavfile
 
 import gapprobe.tracing.run as run_module
 from gapprobe.errors import ConfigError, ModelError, OutputError, StoreError
@@ -16,6 +19,7 @@ from gapprobe.store.reader import Store, open_store
 from gapprobe.store.writer import StoreWriter
 from gapprobe.tasks.examples import Example, mentions
 from gapprobe.tasks.images import ImageFile
+from gapprobe.tasks.sounds import SoundFile
 from gapprobe.tracing import batch as batch_module
 from gapprobe.tracing.answers import Decoding
 from gapprobe.tracing.plan import row_ids
@@ -516,3 +520,32 @@ def test_what_a_run_will_take_is_said_before_it_starts(tmp_path: Path, capsys: p
     assert held <= said <= held + 6
     taken(model, wanted, tmp_path / "acts", positions=names, progress=True, dtype="bfloat16")
     assert "rows x" not in capsys.readouterr().err
+
+
+def test_sounds(tmp_path: Path) -> None:
+    model = loaded("qwen2_audio-qwen2")
+    random = np.random.default_rng(0)
+    sounds = [SoundFile(f"{i}.wav", data=wav(random.normal(0, 0.2, 4000 + 3000 * i))) for i in range(3)]
+    sounds += [SoundFile("long.wav", data=wav(np.zeros(17000))), SoundFile("bad.wav", data=b"RIFF")]
+    wanted = [Example(f"What is sound {i}? Answer:", sound=sound) for i, sound in enumerate(sounds)]
+    store = taken(model, wanted, tmp_path / "acts", positions=["audio", "last_input"], stop=None)
+    rows = store.rows.loc[ids_of(wanted, None, ["audio", "last_input"])]
+    assert rows["error_kind"].fillna("").tolist() == ["", "", "", "sound", "sound"]
+    for i, id_ in enumerate(rows.index[:3]):
+        row = store.row(id_)
+        inputs = model.encode([wanted[i].text], [sounds[i].load()])
+        heard = (inputs["input_ids"][0] == model.media_token_id).nonzero()[:, 0]
+        assert (row.token_roles == ROLES["audio"]).sum() == len(heard) > 4
+        theirs = trace(model, inputs, heard, store.header.layers).prompt
+        assert torch.allclose(row.residual[:, :-1], theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+        spans = row.columns["audio_spans"]
+        assert isinstance(spans, list)
+        assert len(spans) == 2 * len(heard)
+        assert spans[0] == 0.0
+        assert spans[-1] == 1.0
+
+
+def wav(samples: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    wavfile.write(buffer, 16000, samples.astype(np.float32))
+    return buffer.getvalue()

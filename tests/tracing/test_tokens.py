@@ -7,8 +7,7 @@ from gapprobe.models.model import Model
 from gapprobe.store.format import ROLES
 from gapprobe.tasks.examples import Span, mentions
 from gapprobe.tracing.tokens import ROLE_NAMES, TokenTable, token_table
-from tests.models.kinds import KINDS, WITH_IMAGE, fresh, loaded
-from tests.models.tiny import picture
+from tests.models.kinds import KINDS, WITH_MEDIA, fresh, loaded, media
 
 TEXT = "Look well. Question: Where is Big Ben, or is big ben a Bigbend? Answer:"
 SPANS: dict[str, list[Span] | tuple[Span, ...]] = {
@@ -19,9 +18,9 @@ SPANS: dict[str, list[Span] | tuple[Span, ...]] = {
 
 
 def table(model: Model, with_image: bool, text: str = TEXT, spans: dict[str, list[Span]] | None = None) -> TokenTable:
-    pictures = [picture(0, 40, 60)] if with_image else None
-    inputs = model.encode([text], pictures)
-    boxes = model.boxes(inputs, 0, (40, 60)) if with_image else None
+    one = (media(model) or [])[:1] if with_image else None
+    inputs = model.encode([text], one)
+    boxes = model.boxes(inputs, 0, one[0]) if one else None
     return token_table(model, text, SPANS if spans is None else spans, inputs["input_ids"][0].numpy(), boxes)
 
 
@@ -36,7 +35,7 @@ def only(text: str) -> str:
     return "".join(text.split())
 
 
-@pytest.mark.parametrize(("kind", "with_image"), [(k, False) for k in KINDS] + [(k, True) for k in WITH_IMAGE])
+@pytest.mark.parametrize(("kind", "with_image"), [(k, False) for k in KINDS] + [(k, True) for k in WITH_MEDIA])
 def test_roles_in_every_family(kind: str, with_image: bool) -> None:
     model = loaded(kind)
     found = table(model, with_image)
@@ -48,7 +47,8 @@ def test_roles_in_every_family(kind: str, with_image: bool) -> None:
     assert "".join(by_role["answer_cue"]).startswith("Answer:")
     assert ROLE_NAMES[found.roles[-1]] == "answer_cue"
     media = found.ids == model.media_token_id
-    role = "query" if model.family.queries else "image"
+    role = "query" if model.family.queries else model.family.modality
+    role = "image" if role == "text" else role
     assert np.array_equal(found.roles == ROLES[role], media)
     assert media.any() == with_image
     boxed = (found.boxes[:, 2] > found.boxes[:, 0]) & (found.boxes[:, 3] > found.boxes[:, 1])

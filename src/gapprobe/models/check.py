@@ -18,8 +18,10 @@ from torch import Tensor
 
 from gapprobe.errors import ModelError
 from gapprobe.kernels.logit_lens import reference
-from gapprobe.models.model import Model
+from gapprobe.models.families.base import Modality
+from gapprobe.models.model import Medium, Model
 from gapprobe.models.trace import trace
+from gapprobe.sound import Sound
 
 PROMPTS = ("Question: What is this? Answer:", "Look at the image. Question: What is the capital of France? Answer:")
 SIZES = ((48, 40), (36, 56))
@@ -79,8 +81,8 @@ def check_model(model: Model) -> ModelCheck:
     dtype. A wrong position, layer or norm gives errors of 0.03 to 1, so check in float32 where you can: bfloat16 hides
     the smaller ones.
     """
-    images = [_noise(seed, *size) for seed, size in enumerate(SIZES)] if model.family.modality == "image" else None
-    inputs = model.encode(PROMPTS, images)
+    media = some_media(model.family.modality)
+    inputs = model.encode(PROMPTS, media)
     top = model.n_layers
     bound = min(16 * torch.finfo(model.dtype).eps * (top + 1) ** 0.5, 0.2)
     ours, theirs, logits = _traced(model, inputs), *_told(model, inputs)
@@ -99,7 +101,7 @@ def check_model(model: Model) -> ModelCheck:
         normed = max(normed, _distance(last[real], states[top][real]))
     apart: list[float] = []
     for i, prompt in enumerate(PROMPTS):
-        alone = _traced(model, model.encode([prompt], images and [images[i]]))
+        alone = _traced(model, model.encode([prompt], media and [media[i]]))
         for stream, single, real in zip(ours, alone, masks, strict=True):
             apart += [_distance(stream[layer, i][real[i]], single[layer, 0]) for layer in range(top + 1)]
     return ModelCheck(
@@ -153,6 +155,11 @@ def _distance(a: Float[Tensor, "t d"], b: Float[Tensor, "t d"]) -> float:
     return ((a - b).norm(dim=-1).max() / scale).nan_to_num(nan=torch.inf).item()
 
 
-def _noise(seed: int, width: int, height: int) -> PIL.Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(pixels)
+def some_media(modality: Modality) -> list[Medium] | None:
+    """Return noise to look at or to listen to, no two alike in size."""
+    if modality == "text":
+        return None
+    random = np.random.default_rng(0)
+    if modality == "audio":
+        return [Sound(random.uniform(-0.5, 0.5, size).astype(np.float32), 16000) for size in (8000, 5000)]
+    return [PIL.Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIZES]

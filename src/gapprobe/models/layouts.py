@@ -89,6 +89,11 @@ def internvl(model: Model, inputs: Inputs, row: int, size: tuple[int, int]) -> B
     return _tiled(rows, columns, count)
 
 
+def sound(model: Model, inputs: Inputs, row: int, size: tuple[int, int]) -> Boxes | None:  # noqa: ARG001
+    """All of a sound, from left to right (Qwen2-Audio)."""
+    return grid(1, _count(model, inputs, row))
+
+
 def _tiled(rows: int, columns: int, count: int) -> Boxes | None:
     """Return the boxes of so many rows and columns of tiles and of the whole picture, all with as many tokens."""
     side = math.isqrt(count // (rows * columns + 1))
@@ -128,4 +133,5 @@ LAYOUTS: Mapping[str, Callable[[Model, Inputs, int, tuple[int, int]], Boxes | No
     "anyres": anyres,
     "idefics": idefics,
     "internvl": internvl,
+    "sound": sound,
 }

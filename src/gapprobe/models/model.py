@@ -28,7 +28,9 @@ from gapprobe.models import fingerprint
 from gapprobe.models.families.base import Family
 from gapprobe.models.layouts import LAYOUTS
 from gapprobe.models.norms import read_norm
+from gapprobe.sound import Sound
 
+Medium = PIL.Image.Image | Sound
 # Tokens by which processors put pictures, films and sound into a prompt.
 MEDIA_TOKENS = ("image_token", "boi_token", "video_token", "audio_token")
 
@@ -232,33 +234,43 @@ class Model:
             return self.family.prompt.format(image=self.media_token, text=text)
         return self.family.bare.format(bos=self.tokenizer.bos_token, text=text)
 
-    def encode(self, texts: Sequence[str], images: Sequence[PIL.Image.Image] | None = None) -> dict[str, Tensor]:
-        """Return the tensors of one batch, all with images or all without, on the model's device.
+    def refuse_medium(self, medium: Medium) -> None:
+        """Raise DataError for a picture or sound that the model does not read, or not as a whole."""
+        kind = "image" if isinstance(medium, PIL.Image.Image) else "audio"
+        if kind != self.family.modality:
+            raise DataError(f"{self.source} ({self.family.name}) reads no {kind}")
+        if isinstance(medium, Sound):
+            longest = int(cast(Any, self.processor).feature_extractor.chunk_length)
+            # The extractor cuts what is longer, and has no token for less than three steps of 10 ms, without a word.
+            if not 0.03 <= medium.seconds <= longest:
+                raise DataError(f"the sound is {medium.seconds:.3f} s long; the model reads 0.03 to {longest} s")
+
+    def encode(self, texts: Sequence[str], media: Sequence[Medium] | None = None) -> dict[str, Tensor]:
+        """Return the tensors of one batch, all with pictures (or sounds) or all without, on the model's device.
 
         Args:
             texts: prompts without image token.
-            images: one a text, or None.
+            media: a picture or sound a text, or None.
 
         Raises:
-            DataError: an empty text, one that holds the image token, or as many images as not texts.
+            DataError: an empty text, one that holds the image token, or as many media as not texts.
         """
         for text in texts:
             self.refuse_text(text)
-        if images is not None and len(images) != len(texts):
-            raise DataError(f"{len(texts)} prompts came with {len(images)} images")
-        if images is not None and self.family.modality != "image":
-            raise DataError(f"{self.source} ({self.family.name}) reads no images")
-        prompts = [self.render(text, with_image=images is not None) for text in texts]
+        if media is not None and len(media) != len(texts):
+            raise DataError(f"{len(texts)} prompts came with {len(media)} images or sounds")
+        for medium in media or ():
+            self.refuse_medium(medium)
+        prompts = [self.render(text, with_image=media is not None) for text in texts]
         options: dict[str, Any] = {"text": prompts, "padding": True, "return_tensors": "pt"}
         if self.begun(prompts[0]):
             options["add_special_tokens"] = False
-        if images is None:
+        if media is None:
             encoded = dict(cast(Any, self.tokenizer)(**options, return_token_type_ids=self.family.token_types))
             names = ("input_ids", "attention_mask", "token_type_ids")
             inputs = {name: encoded[name] for name in names if name in encoded}
         else:
-            # A list for each text: some processors do not see from a flat one which text a picture is of.
-            inputs = dict(cast(Any, self.processor)(images=[[image] for image in images], **options))
+            inputs = dict(cast(Any, self.processor)(**options, **self._given(media)))
             # PaliGemma's makes some, and the model would compute a loss.
             inputs.pop("labels", None)
         inputs = _padded_in_front(inputs)
@@ -268,12 +280,24 @@ class Model:
             for name, tensor in inputs.items()
         }
 
-    def boxes(self, inputs: dict[str, Tensor], row: int, size: tuple[int, int]) -> Float[np.ndarray, "k 4"] | None:
-        """Return where the image tokens of a row lie in its picture, which is so wide and high; None if nowhere.
+    def _given(self, media: Sequence[Medium]) -> dict[str, Any]:
+        """Return the processor's arguments for pictures or sounds."""
+        if self.family.modality == "audio":
+            rate = int(cast(Any, self.processor).feature_extractor.sampling_rate)
+            sounds = [medium.at(rate).samples for medium in media if isinstance(medium, Sound)]
+            return {"audio": sounds, "sampling_rate": rate}
+        # A list for each text: some processors do not see from a flat one which text a picture is of.
+        return {"images": [[image] for image in media]}
+
+    def boxes(self, inputs: dict[str, Tensor], row: int, medium: Medium) -> Float[np.ndarray, "k 4"] | None:
+        """Return where the tokens of a row's picture lie in it, or those of a sound in time; None if nowhere.
 
         Left, top, right and bottom are shares of the picture; a token without a place (the end of a line) has no area.
         """
-        return LAYOUTS[self.family.layout](self, inputs, row, size) if self.family.layout else None
+        if not self.family.layout:
+            return None
+        size = medium.size if isinstance(medium, PIL.Image.Image) else (len(medium.samples), 1)
+        return LAYOUTS[self.family.layout](self, inputs, row, size)
 
     def begun(self, prompt: str) -> bool:
         """Return whether a rendered prompt begins with the token that the tokenizer would put in front."""

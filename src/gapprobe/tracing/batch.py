@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import PIL.Image
 import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gapprobe.errors import DataError
-from gapprobe.models.model import Model
+from gapprobe.models.model import Medium, Model
 from gapprobe.models.sites import IN_TOWER, Site
 from gapprobe.models.trace import Traced, trace
 from gapprobe.store.format import DTYPES, ROLES, StoredRow, Value
@@ -74,73 +73,78 @@ class Batches:
 
     def prepare(self, examples: Sequence[Example], ids: Sequence[str], failed: dict[int, StoredRow]) -> Prompts | None:
         """Return the examples that can be run, None if there are none, and put the others into `failed`."""
-        images: dict[int, PIL.Image.Image | None] = {}
+        media: dict[int, Medium | None] = {}
         for i, example in enumerate(examples):
             kind = "prompt"
             try:
                 self.model.refuse_text(example.text)
-                kind = "image"
-                if example.image is None and self.site in IN_TOWER:
-                    raise DataError(f"there is no image, and without one the site {self.site!r} does not run")
-                images[i] = example.image.load() if example.image else None
+                kind = "sound" if example.sound else "image"
+                if example.medium is None and self.site in IN_TOWER:
+                    raise DataError(
+                        f"there is no picture or sound, and without one the site {self.site!r} does not run"
+                    )
+                medium = example.medium.load() if example.medium else None
+                if medium is not None:
+                    self.model.refuse_medium(medium)
+                media[i] = medium
             except DataError as error:
                 failed[i] = self._failed(ids[i], example, str(error), kind)
-        inputs = self._encode(examples, ids, images, failed)
+        inputs = self._encode(examples, ids, media, failed)
         if inputs is None:
             return None
         reasons = self.model.refuse_long(inputs, self.decoding.max_new_tokens)
         if any(reasons):
             lengths = inputs["attention_mask"].sum(1).tolist()
-            for i, length, reason in zip(list(images), lengths, reasons, strict=True):
+            for i, length, reason in zip(list(media), lengths, reasons, strict=True):
                 if reason is not None:
                     failed[i] = self._failed(ids[i], examples[i], reason, "prompt", length)
-                    del images[i]
-            inputs = self._encode(examples, ids, images, failed)
-        return None if inputs is None else self._prompts(examples, images, inputs)
+                    del media[i]
+            inputs = self._encode(examples, ids, media, failed)
+        return None if inputs is None else self._prompts(examples, media, inputs)
 
     def _encode(
         self,
         examples: Sequence[Example],
         ids: Sequence[str],
-        images: dict[int, PIL.Image.Image | None],
+        media: dict[int, Medium | None],
         failed: dict[int, StoredRow],
     ) -> dict[str, Tensor] | None:
-        """Return the tensors of the examples in `images`; who spoils them moves to `failed`."""
+        """Return the tensors of the examples in `media`; who spoils them moves to `failed`."""
 
         def encoded(numbers: Sequence[int]) -> dict[str, Tensor]:
-            pictures = [image for i in numbers if (image := images[i]) is not None]
-            return self.model.encode([examples[i].text for i in numbers], pictures or None)
+            some = [medium for i in numbers if (medium := media[i]) is not None]
+            return self.model.encode([examples[i].text for i in numbers], some or None)
 
-        if not images:
+        if not media:
             return None
         # Processors answer pictures they cannot use (an edge of one pixel, say) with nearly any exception.
         try:
-            return encoded(list(images))
+            return encoded(list(media))
         except Exception:
-            for i in list(images):
+            for i in list(media):
                 try:
                     encoded([i])
                 except Exception as error:
                     told = f"the processor cannot use it: {type(error).__name__}: {error}"
                     failed[i] = self._failed(ids[i], examples[i], told, "processor")
-                    del images[i]
-        return encoded(list(images)) if images else None
+                    del media[i]
+        return encoded(list(media)) if media else None
 
     def _prompts(
-        self, examples: Sequence[Example], images: Mapping[int, PIL.Image.Image | None], inputs: dict[str, Tensor]
+        self, examples: Sequence[Example], media: Mapping[int, Medium | None], inputs: dict[str, Tensor]
     ) -> Prompts:
         ends_only = all(p.of in ("prompt", "answer") and p.part == slice(-1, None) for p in self.positions)
         tables: list[TokenTable] = []
         tokens = inputs["input_ids"].cpu()
-        for row, (i, image) in enumerate(images.items()):
+        for row, (i, medium) in enumerate(media.items()):
             ids = tokens[row][inputs["attention_mask"][row].cpu().bool()].numpy()
             if ends_only:
                 tables.append(plain_table(ids))
                 continue
-            boxes = None if image is None else self.model.boxes(inputs, row, image.size)
+            boxes = None if medium is None else self.model.boxes(inputs, row, medium)
             tables.append(token_table(self.model, examples[i].text, examples[i].spans, ids, boxes))
         marks = [_marks(len(table), [position.in_prompt(table) for position in self.positions]) for table in tables]
-        return Prompts(tuple(images), inputs, tuple(tables), tuple(marks))
+        return Prompts(tuple(media), inputs, tuple(tables), tuple(marks))
 
     def _answered(self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str]) -> dict[int, StoredRow]:
         """Run the prompts, in halves and quarters where the memory does not hold them at once."""
@@ -170,10 +174,10 @@ class Batches:
     def _some(self, prompts: Prompts, part: Sequence[int], examples: Sequence[Example]) -> Prompts:
         """Return some of the prompts, padded among themselves."""
         chosen = [prompts.numbers[k] for k in part]
-        pictures = [image.load() for i in chosen if (image := examples[i].image) is not None]
+        media = [medium.load() for i in chosen if (medium := examples[i].medium) is not None]
         return Prompts(
             tuple(chosen),
-            self.model.encode([examples[i].text for i in chosen], pictures or None),
+            self.model.encode([examples[i].text for i in chosen], media or None),
             tuple(prompts.tables[k] for k in part),
             tuple(prompts.marks[k] for k in part),
         )
@@ -244,6 +248,9 @@ class Batches:
             boxes = table.boxes[asked][table.roles[asked] == ROLES["image"]]
             if boxes.any():
                 found["image_boxes"] = boxes.ravel().tolist()
+            heard_of = table.boxes[asked][table.roles[asked] == ROLES["audio"]]
+            if heard_of.any():
+                found["audio_spans"] = heard_of[:, [0, 2]].ravel().tolist()
             rows[i] = StoredRow(
                 ids[i],
                 _columns(examples[i], found),

@@ -19,6 +19,7 @@ from gapprobe.files import require_room, told_bytes
 from gapprobe.store.format import DTYPES
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageSource
+from gapprobe.tasks.sounds import SoundSource
 from gapprobe.tracing.answers import Decoding
 from gapprobe.tracing.batch import Batches
 from gapprobe.tracing.positions import Position
@@ -32,45 +33,45 @@ SAMPLE = 16
 def row_ids(examples: Sequence[Example], positions: Sequence[Position], decoding: Decoding) -> list[str]:
     """Return the id of each call: a SHA-256 over its text, its image's bytes, the positions and how it is answered.
 
-    An image that cannot be read counts by its name, so that mending it makes another row. What stretches of the text
+    What cannot be read counts by its name, so that mending it makes another row. What stretches of the text
     are (`Example.spans`) counts where a position asks for roles.
     """
     names = [f"{p.name}={p.rule}" if p.renamed else p.name for p in positions]
     settings = json.dumps([names, dict(decoding.described)], sort_keys=True)
     by_role = any(position.by_role for position in positions)
-    images: dict[ImageSource | None, str] = {None: "none"}
+    media: dict[ImageSource | SoundSource | None, str] = {None: "none"}
     ids: list[str] = []
     for example in examples:
-        if example.image not in images:
-            images[example.image] = _identity(example.image)
+        if example.medium not in media:
+            media[example.medium] = _identity(example.medium)
         # JSON keeps the parts apart, whatever characters they hold.
-        parts: list[object] = [settings, images[example.image], example.text]
+        parts: list[object] = [settings, media[example.medium], example.text]
         if by_role and example.spans:
             parts.append({role: sorted(map(list, spans)) for role, spans in example.spans.items()})
         ids.append(hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest())
     return ids
 
 
-def _identity(image: ImageSource | None) -> str:
-    if image is None:
+def _identity(medium: ImageSource | SoundSource | None) -> str:
+    if medium is None:
         return "none"
     try:
-        return hashlib.sha256(image.read()).hexdigest()
+        return hashlib.sha256(medium.read()).hexdigest()
     except DataError:
-        return f"unreadable {image.name}"
+        return f"unreadable {medium.name}"
 
 
 def batches(examples: Sequence[Example], ids: Sequence[str], batch_size: int) -> list[list[int]]:
     """Return the indices of examples by batch, each id once (its first example counts).
 
-    A batch has images throughout or none; rows are gathered by length of text, so that little is padded.
+    A batch has pictures (or sounds) throughout or none; rows are gathered by length of text, so that little is padded.
     """
     first = {id_: index for index, id_ in reversed(list(enumerate(ids)))}
-    order = sorted(first.values(), key=lambda i: (examples[i].image is None, len(examples[i].text), i))
+    order = sorted(first.values(), key=lambda i: (examples[i].medium is None, len(examples[i].text), i))
     found: list[list[int]] = []
     for index in order:
         last = found[-1] if found else []
-        if last and len(last) < batch_size and (examples[last[0]].image is None) == (examples[index].image is None):
+        if last and len(last) < batch_size and (examples[last[0]].medium is None) == (examples[index].medium is None):
             last.append(index)
         else:
             found.append([index])
@@ -106,8 +107,8 @@ class Need:
         """Return the need of the missing examples, from a sample of them that is encoded but not run."""
         sample = [missing[i] for i in sorted({len(missing) * k // SAMPLE for k in range(SAMPLE)})] if missing else []
         kept: list[int] = []
-        for with_image in (True, False):
-            some = [i for i in sample if (examples[i].image is not None) == with_image]
+        for with_medium in (True, False):
+            some = [i for i in sample if (examples[i].medium is not None) == with_medium]
             fine = run.prepare([examples[i] for i in some], [ids[i] for i in some], {}) if some else None
             kept += [int((marks > 0).sum()) for marks in fine.marks] if fine else []
         spoken = max((run.decoding.max_new_tokens if p.part == slice(None) else 1) * p.answers for p in run.positions)

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import PIL.Image
 import torch
 from tqdm import tqdm
 
 from gapprobe.errors import ConfigError
 from gapprobe.files import told_bytes
-from gapprobe.models.check import check_model
+from gapprobe.models.check import check_model, some_media
 from gapprobe.models.model import Model
 from gapprobe.models.sites import IN_TOWER, Site, layers_of
 from gapprobe.models.trace import trace
@@ -54,7 +53,8 @@ def capture(
 
     Prompt and answer are one pass of the model's own `generate`, traced on the way. An example that cannot be run
     (unreadable image, image token in the prompt, too long, too large for the memory) becomes a row without tokens that
-    says why, in the columns `error` and `error_kind` ("image", "prompt", "processor" or "memory"); the run goes on.
+    says why, in the columns `error` and `error_kind` ("image", "sound", "prompt", "processor" or "memory"), and the run
+    goes on.
 
     Args:
         model: from `load_model`. It is checked (`check_model`) before anything is written.
@@ -172,7 +172,7 @@ def _positions(positions: Positions | None, site: Site, decoding: Decoding) -> t
 def _width(model: Model, site: Site) -> int:
     if site not in IN_TOWER:
         return model.width
-    inputs = model.encode(["What is this?"], [PIL.Image.new("RGB", (64, 48))])
+    inputs = model.encode(["What is this?"], (some_media(model.family.modality) or [])[:1])
     return trace(
         model, inputs, torch.empty(0, dtype=torch.int64), (layers_of(model, site)[0],), site=site
     ).prompt.shape[2]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Modality = Literal["image", "audio", "text"]
-Layout = Literal["", "square", "qwen", "anyres", "idefics", "internvl"]
+Layout = Literal["", "square", "qwen", "anyres", "idefics", "internvl", "sound"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ FAMILY = Family(
     final_norm="model.language_model.norm",
     unembedding="lm_head",
     modality="audio",
+    layout="sound",
     placeholder="audio_token_id",
     prompt="<|audio_bos|>{image}<|audio_eos|>{text}",
     processor_parts=("feature_extractor",),
