@@ -26,6 +26,7 @@ from unittest.mock import patch
 
 import numpy as np
 import PIL.Image
+import psutil
 import torch
 import tyro
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -124,12 +125,15 @@ class Timings:
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+    others: list[float] = field(default_factory=list)
+    """Cores that other processes kept busy meanwhile, and the host of a virtual machine."""
     check: str = ""
     more: dict[str, Any] = field(default_factory=dict)
     """Fields that only this operation has."""
 
-    def add(self, cost: Cost, check: str) -> None:
+    def add(self, cost: Cost, check: str, others: float = 0.0) -> None:
         """Add a run."""
+        self.others.append(round(others, 2))
         self.seconds.append(round(cost.seconds, 4))
         self.cpu_seconds.append(round(cost.cpu_seconds, 4))
         self.peak_bytes = max(self.peak_bytes, cost.peak_bytes)
@@ -259,6 +263,7 @@ class Benchmark:
                 "seconds": timings.seconds,
                 "cpu_seconds": timings.cpu_seconds,
                 "peak_bytes": timings.peak_bytes,
+                "others": timings.others,
                 "floor": floor_of(operation),
                 "check": timings.check,
                 **timings.more,
@@ -349,17 +354,30 @@ class Benchmark:
                 out.mkdir()
                 # What others left to be written is not this one's to wait for.
                 os.sync()
+                begin = _busy()
                 kept, cost = contestant.measured(task, out, memory)
+                spent, own, passed = (after - before for after, before in zip(_busy(), begin, strict=True))
+                # Of a contestant in another process, its own time is not ours.
+                others = max(0.0, spent - max(own, cost.cpu_seconds)) / passed
                 check = "nothing is kept"
                 if contestant.keeps:
                     check = _checked(contestant, task, contestant.found(kept, task), expected)
                 del kept
                 shutil.rmtree(out)
-                self.timings.setdefault((operation, contestant.name), Timings()).add(cost, check)
+                self.timings.setdefault((operation, contestant.name), Timings()).add(cost, check, others)
                 _tell(
                     f"{operation:<22} {contestant.name:<22} {cost.seconds:8.3f} s {cost.cpu_seconds:8.3f} s of "
-                    f"processor {cost.peak_bytes / 1e6:8.1f} MB"
+                    f"processor {cost.peak_bytes / 1e6:8.1f} MB, others {others:.2f} cores"
                 )
+
+
+def _busy() -> tuple[float, float, float]:
+    """Return processor time of the whole machine and of this process, and the time."""
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    # Guests are counted among users.
+    whole = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+    return whole - idle, time.process_time(), time.perf_counter()
 
 
 def _checked(contestant: Contestant, task: Task, found: Found, expected: Found) -> str:

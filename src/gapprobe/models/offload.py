@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+
+class Room:
+    """Main memory that is used again, batch after batch: touching fresh memory costs more than copying into it."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: tuple[int, int, int], dtype: torch.dtype, pinned: bool) -> Shaped[Tensor, "l m d"]:
+        """Return room of this shape, whatever it holds; what was returned before is not to be read any more."""
+        size = prod(shape) * dtype.itemsize
+        if size > len(self._bytes):
+            # Batches come sorted, each a little longer than the last. The old room goes before there is a new one.
+            self._bytes = torch.empty(0, dtype=torch.uint8)
+            self._bytes = torch.empty(size + size // 4, dtype=torch.uint8, pin_memory=pinned)
+        return self._bytes[:size].view(dtype).view(shape)
 
 
 class Offload:
@@ -14,9 +32,11 @@ class Offload:
     gather straight into its place.
     """
 
-    def __init__(self, layers: int, lines: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layers: int, lines: int, width: int, dtype: torch.dtype, device: torch.device, room: Room | None = None
+    ) -> None:
         self.dtype, self.filled = dtype, 0
-        self._room = torch.empty(layers, lines, width, dtype=dtype, pin_memory=device.type == "cuda")
+        self._room = (room or Room()).take((layers, lines, width), dtype, pinned=device.type == "cuda")
         # One a device: the blocks of a large model may lie on several.
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 

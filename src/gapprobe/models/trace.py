@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from gapprobe.models.model import Model
-from gapprobe.models.offload import Offload
+from gapprobe.models.offload import Offload, Room
 from gapprobe.models.sites import IN_TOWER, Site, Tap, taps
 
 
@@ -49,6 +49,7 @@ def trace(
     steps: int = 1,
     dtype: torch.dtype | None = None,
     site: Site = "residual",
+    room: Room | None = None,
 ) -> Traced:
     """Let the model answer, and keep the residual stream on the way.
 
@@ -63,6 +64,8 @@ def trace(
         dtype: of what is kept; the model's own by default.
         site: what to read. Of a site in the tower all tokens are kept, of all rows one after another, and `keep` counts
             for nothing.
+        room: where to put what is kept of the prompts: the result holds until the room is used again. Its own by
+            default.
     """
     # Without image the outer model of some families cannot run; its language model alone is the same function then.
     path = "" if model.has_media(inputs) else model.family.generator
@@ -70,7 +73,7 @@ def trace(
     decoder = taps(model, site, model.family.blocks)
     encoder = taps(model, site, model.family.encoder) if model.family.encoder else None
     n, size, device = len(inputs["attention_mask"]), (len(layers), model.width), model.hf.device
-    kept = Offload(size[0], len(keep), size[1], dtype or model.dtype, device)
+    kept = Offload(size[0], len(keep), size[1], dtype or model.dtype, device, room)
     keep, rows = keep.to(device), torch.arange(n, device=device)
     spoken: list[Offload] = []
     seen: list[Tensor] = []

@@ -93,15 +93,15 @@ class Picker(LogitsProcessor):
 
     def __call__(self, input_ids: Int[Tensor, "n t"], scores: Float[Tensor, "n v"]) -> torch.FloatTensor:  # noqa: ARG002 (transformers' signature)
         """Return scores that are largest at the token picked."""
-        log_probs = scores.float().log_softmax(-1)
-        wanted = log_probs.clone()
+        # In place and without a copy: the vocabulary is large, and the loop waits.
+        scores = scores.float()
+        total = scores.logsumexp(-1, keepdim=True)
         if self.never is not None:
             # It is no word, and could not be read back.
-            wanted[:, self.never] = -math.inf
-        if self.decoding.temperature:
-            wanted = self._drawn(wanted)
-        best = wanted.argmax(-1)
-        self._steps.append((best.tolist(), log_probs.gather(1, best[:, None])[:, 0].tolist()))
+            scores[:, self.never] = -math.inf
+        wanted = self._drawn(scores) if self.decoding.temperature else scores
+        best = wanted.argmax(-1, keepdim=True)
+        self._steps.append((best[:, 0].tolist(), (scores.gather(1, best) - total)[:, 0].tolist()))
         return cast(torch.FloatTensor, wanted)
 
     @property
@@ -114,8 +114,8 @@ class Picker(LogitsProcessor):
         """Return by row the log-probabilities of `tokens`."""
         return [list(row) for row in zip(*(log_probs for _, log_probs in self._steps), strict=True)]
 
-    def _drawn(self, log_probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
-        kept = (log_probs / self.decoding.temperature).log_softmax(-1)
+    def _drawn(self, scores: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+        kept = (scores / self.decoding.temperature).log_softmax(-1)
         if 0 < self.decoding.top_k < kept.shape[1]:
             kept = kept.masked_fill(kept < kept.topk(self.decoding.top_k)[0][:, -1:], -math.inf)
         if self.decoding.top_p < 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gapprobe.errors import DataError
 from gapprobe.models.model import Medium, Model
+from gapprobe.models.offload import Room
 from gapprobe.models.sites import IN_TOWER, Site
 from gapprobe.models.trace import Traced, trace
 from gapprobe.store.format import DTYPES, ROLES, StoredRow, Value
@@ -58,6 +59,7 @@ class Batches:
     site: Site
     width: int
     limit: int | None = field(default=None, init=False)
+    _room: Room = field(default_factory=Room, init=False)
 
     def __post_init__(self) -> None:
         """Run one row at a time where the states of a batch cannot be told apart by row."""
@@ -65,7 +67,10 @@ class Batches:
             self.limit = 1
 
     def rows(self, examples: Sequence[Example], ids: Sequence[str]) -> list[StoredRow]:
-        """Return the row of each example; those that cannot be run have no tokens."""
+        """Return the row of each example; those that cannot be run have no tokens.
+
+        Rows hold until the next batch, whose residuals take their place.
+        """
         failed: dict[int, StoredRow] = {}
         fine = self.prepare(examples, ids, failed)
         found = failed | (self._answered(fine, examples, ids) if fine else {})
@@ -154,8 +159,10 @@ class Batches:
         start = 0
         while start < len(whole):
             part = whole[start : start + size]
-            some = prompts if len(part) == len(whole) else self._some(prompts, part, examples)
-            rows = self._run(some, examples, ids)
+            # Parts of a batch must not take each other's place.
+            alone = len(part) == len(whole)
+            some = prompts if alone else self._some(prompts, part, examples)
+            rows = self._run(some, examples, ids, self._room if alone else Room())
             if rows is not None:
                 found |= rows
                 start += size
@@ -182,7 +189,9 @@ class Batches:
             tuple(prompts.marks[k] for k in part),
         )
 
-    def _run(self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str]) -> dict[int, StoredRow] | None:
+    def _run(
+        self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str], room: Room
+    ) -> dict[int, StoredRow] | None:
         """Return the rows of prompts; None if they take more memory than there is."""
         try:
             picker = Picker(self.decoding, self.model.media_token_id, [ids[i] for i in prompts.numbers])
@@ -202,6 +211,7 @@ class Batches:
                 steps=ending.steps,
                 dtype=DTYPES[self.dtype][1],
                 site=self.site,
+                room=room,
             )
         except (RuntimeError, MemoryError) as error:
             if not _lacks_memory(error):
