@@ -36,7 +36,8 @@ class Offload:
         self, layers: int, lines: int, width: int, dtype: torch.dtype, device: torch.device, room: Room | None = None
     ) -> None:
         self.dtype, self.filled = dtype, 0
-        self._room = (room or Room()).take((layers, lines, width), dtype, pinned=device.type == "cuda")
+        shape, pinned = (layers, lines, width), device.type == "cuda"
+        self._room = room.take(shape, dtype, pinned) if room else torch.empty(shape, dtype=dtype, pin_memory=pinned)
         # One a device: the blocks of a large model may lie on several.
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
