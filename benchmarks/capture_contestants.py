@@ -176,6 +176,8 @@ class Contestant(ABC):
         """Prepare what is done once for a model; `folder` may hold files."""
         self.subject, self.folder = subject, folder
         self.model = subject.model
+        self.cpu_elsewhere = 0.0
+        """Processor seconds that the last run took in another process, what is outside the clock included."""
 
     @property
     def versions(self) -> dict[str, str]:
@@ -607,7 +609,9 @@ class Elsewhere(Contestant):
         kept = folder / "kept.pt"
         asked = {"case": task.case.name, "rows": len(task.subject.examples), "memory": memory, "out": str(kept)}
         print(json.dumps(asked), file=self._process.stdin, flush=True)
-        return kept, Cost(**self._told())
+        told = self._told()
+        self.cpu_elsewhere = told.pop("whole")
+        return kept, Cost(**told)
 
     def found(self, kept: Path, task: Task) -> Found:  # noqa: ARG002
         """Read what it kept."""
@@ -783,7 +787,7 @@ def serve(name: str, folder: Path) -> None:
     print(json.dumps({d: version(d) for d in contestant.distributions}), file=told, flush=True)
     tasks: dict[tuple[str, int], Task] = {}
     for line in sys.stdin:
-        asked = json.loads(line)
+        asked, begin = json.loads(line), time.process_time()
         key = (asked["case"], asked["rows"])
         if key not in tasks:
             case = next(case for case in CASES if case.name == asked["case"])
@@ -792,7 +796,7 @@ def serve(name: str, folder: Path) -> None:
         found = contestant.found(kept, tasks[key])
         torch.save([found.layer(layer) for layer in range(found.layers)], asked["out"])
         del kept, found
-        print(json.dumps(vars(cost)), file=told, flush=True)
+        print(json.dumps(vars(cost) | {"whole": time.process_time() - begin}), file=told, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from gapprobe.demo import FOLDER
+from gapprobe.store.reader import open_store
+from gapprobe.tasks.images import load_images
 from tests.store.damage import flip
 from tests.store.rows import holds, some_rows, write
 
 COMMANDS = [
     [],
     ["demo"],
+    ["capture"],
     ["report"],
     ["study"],
     *[["study", step] for step in ("run", "capture", "gap", "probe", "lens", "cosine", "selective")],
@@ -218,3 +221,26 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
         done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
         os.close(writer)
         assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_table_of_prompts_becomes_a_store(tmp_path: Path) -> None:
+    for i, file in enumerate(load_images(FOLDER / "digits.parquet", ["four"]).by_entity["four"][:2]):
+        (tmp_path / f"{i}.png").write_bytes(file.read())
+    lines = ["text,image,entity", "Question: What is four doubled? Answer:,0.png,four"]
+    lines += ["Question: What is the number in the image? Answer:,1.png,", "Question: What? Answer:,2.png,"]
+    (tmp_path / "asked.csv").write_text("\n".join(lines) + "\n")
+    command = ["capture", FOLDER / "models" / "llava", "asked.csv", "acts", "--positions", "last_input", "entity[-1]"]
+    command += ["--layers", 0, 6, "--stop", "###"]
+    done = gapprobe(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "3, of which 1 could not be run" in done.stdout
+    store = open_store(tmp_path / "acts")
+    assert store.header.layers == (0, 6)
+    assert store.rows.sort_values("image")["answer"].tolist()[0] == "eight"
+    assert len(store.batch(position="entity[-1]").token_ids) == 1
+    again = gapprobe(*command, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "rows x" not in again.stderr
+    wrong = gapprobe(*command[:4], "--positions", "first", cwd=tmp_path)
+    assert wrong.returncode == 1
+    assert "position 'first' is not understood" in wrong.stderr

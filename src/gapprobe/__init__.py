@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from gapprobe.tasks.prompts import load_template as load_template
     from gapprobe.tasks.questions import load_questions as load_questions
     from gapprobe.tasks.sounds import SoundFile as SoundFile
+    from gapprobe.tasks.tables import load_examples as load_examples
     from gapprobe.tracing.run import capture as capture
     from gapprobe.tracing.tokens import TokenTable as TokenTable
 
@@ -89,6 +90,7 @@ _HOMES = {
     "Example": "gapprobe.tasks.examples",
     "ImageFile": "gapprobe.tasks.images",
     "SoundFile": "gapprobe.tasks.sounds",
+    "load_examples": "gapprobe.tasks.tables",
     "load_images": "gapprobe.tasks.images",
     "load_template": "gapprobe.tasks.prompts",
     "load_questions": "gapprobe.tasks.questions",

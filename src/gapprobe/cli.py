@@ -30,6 +30,11 @@ Positional = tyro.conf.Positional
 Family = Literal["llava", "instructblip", "both"]
 Config = Annotated[Positional[Path], tyro.conf.arg(metavar="CONFIG.toml", help="the study")]
 OUT = Path("gapprobe-study")
+Model = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL", help="a folder or a Hugging Face id")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], tyro.conf.arg(help="weights; auto is as saved")]
+Device = Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1, …; spread is over all there are")]
+Attention = Annotated[str | None, tyro.conf.arg(help="eager, sdpa, …; transformers' choice if not given")]
+Revision = Annotated[str | None, tyro.conf.arg(help="branch, tag or commit of a Hugging Face id")]
 Stores = Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="a store, or a folder of stores")]
 Url = Annotated[Positional[str], tyro.conf.arg(metavar="URL", help="s3://bucket/name, gs://…, sftp://…, or a folder")]
 Transfers = Annotated[int, tyro.conf.arg(help="shards at once; each takes some 70 MB of memory")]
@@ -66,6 +71,66 @@ def demo(
     _run(configs, out or Path("gapprobe-demo-quick" if quick else "gapprobe-demo"))
 
 
+@app.command
+def capture(
+    model: Model,
+    examples: Annotated[Positional[Path], tyro.conf.arg(metavar="EXAMPLES", help=".csv, .tsv, .jsonl or .parquet")],
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="the store; goes on if it is there")],
+    positions: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="which tokens: last_input, answer, image, entity[-1], all, …")
+    ] = ("last_input", "last_output"),
+    layers: Annotated[tuple[int, ...], tyro.conf.arg(help="numbers from 0, the embeddings; all if not given")] = (),
+    site: Annotated[
+        Literal["residual", "middle", "attention", "mlp", "vision", "bridge", "queries"],
+        tyro.conf.arg(help="where in the model; of the last three all tokens are kept"),
+    ] = "residual",
+    max_new_tokens: Annotated[int, tyro.conf.arg(help="longest answer; 0 reads the prompts only")] = 10,
+    stop: Annotated[tuple[str, ...], tyro.conf.arg(help="texts that end an answer")] = (),
+    temperature: Annotated[
+        float, tyro.conf.arg(help="0 takes the most probable token; above, answers are drawn")
+    ] = 0.0,
+    seed: Annotated[int, tyro.conf.arg(help="of the draws")] = 0,
+    batch_size: Annotated[int, tyro.conf.arg(help="rows at once; fewer where the memory does not hold them")] = 32,
+    store_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, tyro.conf.arg(help="of the residuals; the model's by default")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attention: Attention = None,
+    revision: Revision = None,
+) -> None:
+    """Run a model over a table of prompts; keep answers and hidden states of the tokens asked for in a store.
+
+    Columns: `text`, the prompt; `image` or `sound`, a file beside the table; `entity` and `reference`, phrases whose
+    mentions in the text become tokens of that role; all are kept beside the activations. Stopped half-way, the same
+    command goes on where it was. A line that cannot be run is kept with what is wrong with it.
+
+    For example:
+        gapprobe capture llava-hf/llava-v1.6-vicuna-7b-hf questions.csv acts --positions last_input image entity[-1]
+        gapprobe capture ./my-model questions.jsonl acts --layers 10 20 30 --max-new-tokens 0
+    """
+    import gapprobe as gp
+    from gapprobe.models.sites import IN_TOWER
+    from gapprobe.tasks.tables import load_examples
+
+    loaded = gp.load_model(_source(model), dtype=dtype, device=device, attention=attention, revision=revision)
+    kept = gp.capture(
+        loaded,
+        load_examples(examples),
+        out,
+        layers=layers or "all",
+        positions=None if site in IN_TOWER else positions,
+        site=site,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        temperature=temperature,
+        seed=seed,
+        dtype=store_dtype or str(loaded.dtype).removeprefix("torch."),
+    )
+    print(kept.info())
+
+
 @study.command
 def run(
     configs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")],
@@ -86,8 +151,8 @@ def run(
     _run([load_config(path) for path in configs], out)
 
 
-@study.command
-def capture(config: Config, out: Out = OUT) -> None:
+@study.command(name="capture")
+def capture_study(config: Config, out: Out = OUT) -> None:
     """Ask the model everything; keep answers and residual streams. Goes on where an earlier run stopped.
 
     For example:
@@ -177,10 +242,11 @@ def list_models() -> None:
 
 @models.command
 def check(
-    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL", help="a folder or a Hugging Face id")],
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], tyro.conf.arg(help="weights")] = "auto",
-    device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    revision: Annotated[str | None, tyro.conf.arg(help="branch, tag or commit of a Hugging Face id")] = None,
+    model: Model,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attention: Attention = None,
+    revision: Revision = None,
 ) -> None:
     """Check that the residual streams gapprobe would capture are the model's own, on a small real batch.
 
@@ -194,8 +260,8 @@ def check(
     from gapprobe.models.check import check_model
     from gapprobe.models.loading import load_model
 
-    source = Path(model) if Path(model).exists() else model
-    result = check_model(load_model(source, dtype=dtype, device=device, revision=revision))
+    loaded = load_model(_source(model), dtype=dtype, device=device, attention=attention, revision=revision)
+    result = check_model(loaded)
     print(result)
     if not result.passed:
         sys.exit(1)
@@ -474,6 +540,10 @@ def pull(
     from gapprobe.store.remote.pulling import pull
 
     print(pull(url, folder, transfers=transfers))
+
+
+def _source(model: str) -> str | Path:
+    return Path(model) if Path(model).exists() else model
 
 
 def _print(result: Mapping[str, object] | Sequence[Mapping[str, object]]) -> None:
