@@ -17,7 +17,7 @@ PHRASES = ("entity", "reference")
 def load_examples(path: str | Path) -> list[Example]:
     """Read examples from a .csv, .tsv, .jsonl or .parquet file.
 
-    The column `text` is the prompt. `image` and `sound` are files, named from the table's folder; an empty cell is none.
+    The column `text` is the prompt. `image` and `sound` are files, named from the table's folder, or empty.
     `entity` and `reference` are phrases: their mentions in the text become the tokens of that role. These and all
     other columns are kept beside the activations.
 
