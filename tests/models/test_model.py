@@ -75,8 +75,8 @@ def test_prompts_longer_than_the_model_reads() -> None:
     model = loaded("llava-llama")
     inputs = model.encode(["hi", "word " * 100])
     longest = int(inputs["attention_mask"].sum(1).max())
-    assert model.refuse_long(inputs, 256 - longest) == [None, None]
-    short, long = model.refuse_long(inputs, 257 - longest)
+    assert model.unfit(inputs, 256 - longest) == [None, None]
+    short, long = model.unfit(inputs, 257 - longest)
     assert short is None
     assert long is not None
     assert f"has {longest} tokens and {257 - longest} for the answer, but the model reads 256" in long
@@ -85,7 +85,7 @@ def test_prompts_longer_than_the_model_reads() -> None:
 def test_prompts_longer_than_the_q_former_reads() -> None:
     model = fresh("instructblip-llama")
     model.hf.config.qformer_config.max_position_embeddings = 12
-    short, long = model.refuse_long(model.encode(["hi", TEXTS[1]], PICTURES), 10)
+    short, long = model.unfit(model.encode(["hi", TEXTS[1]], PICTURES), 10)
     assert short is None
     assert long is not None
     assert "Q-Former, which reads 12" in long
@@ -173,3 +173,11 @@ def test_sounds_are_heard_at_the_models_rate() -> None:
     assert torch.equal(fast["input_ids"], slow["input_ids"])
     # A pure tone far below both limits is the same tone; the ends differ by the filter.
     assert (fast["input_features"] - slow["input_features"])[..., 5:40].abs().median() < 0.05
+
+
+def test_a_prompt_without_all_of_its_image_tokens_is_told() -> None:
+    # With too few, InstructBLIP reads another row's picture or none; LLaVA's processor refuses by itself.
+    queries = fresh("instructblip-llama")
+    queries.processor.num_query_tokens = 3
+    assert "has 3 tokens <image>" in str(queries.unfit(queries.encode(["hi"], PICTURES[:1]), 1))
+    assert loaded("instructblip-llama").unfit(loaded("instructblip-llama").encode(["hi"], PICTURES[:1]), 1) == [None]

@@ -549,3 +549,13 @@ def wav(samples: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     wavfile.write(buffer, 16000, samples.astype(np.float32))
     return buffer.getvalue()
+
+
+def test_a_template_that_leaves_the_picture_out_is_told_by_every_row(tmp_path: Path) -> None:
+    model = fresh("llava-llama")
+    model.processor.chat_template = "USER: {{ messages[0].content[-1].text }} ASSISTANT:"
+    wanted = examples(3)
+    run = batch_module.Batches(model, (0,), parse_positions(["last_input"]), Decoding(2), "float32", "residual", WIDTH)
+    rows = run.rows(wanted, ids_of(wanted))
+    assert [row.columns["error_kind"] for row in rows] == [None, "processor", "processor"]
+    assert "Found total 0 <image> tokens" in str(rows[1].columns["error"])

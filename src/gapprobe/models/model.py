@@ -304,8 +304,8 @@ class Model:
         bos = self.tokenizer.bos_token
         return isinstance(bos, str) and prompt.startswith(bos)
 
-    def refuse_long(self, inputs: dict[str, Tensor], new_tokens: int) -> list[str | None]:
-        """Return for each row of a batch why it is too long for the model, or None."""
+    def unfit(self, inputs: dict[str, Tensor], new_tokens: int) -> list[str | None]:
+        """Return for each row of a batch why the model cannot be given it, or None: too long, or no image token."""
         lengths = inputs["attention_mask"].sum(1).tolist()
         reasons: list[str | None] = [None] * len(lengths)
         limit: int | None = getattr(self.text_config, "max_position_embeddings", None)
@@ -317,6 +317,16 @@ class Model:
             for row, n in enumerate(inputs["qformer_attention_mask"].sum(1).tolist()):
                 if n > limit:
                     reasons[row] = f"the prompt has {n} tokens for the Q-Former, which reads {limit}"
+        if self.has_media(inputs):
+            # A chat template may leave the picture out, and some models then pass over it without a word.
+            counts = (inputs["input_ids"] == self.media_token_id).sum(1).tolist()
+            wanted: int | None = getattr(self.hf.config, "num_query_tokens", None)
+            for row, n in enumerate(counts):
+                if n == 0 or (wanted is not None and n != wanted):
+                    told = f"{wanted} are" if wanted else "one is"
+                    reasons[row] = (
+                        f"the prompt has {n} tokens {self.media_token} for the picture or sound; {told} needed"
+                    )
         return reasons
 
     def unembedding(self) -> Unembedding:

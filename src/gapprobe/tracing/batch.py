@@ -97,7 +97,7 @@ class Batches:
         inputs = self._encode(examples, ids, media, failed)
         if inputs is None:
             return None
-        reasons = self.model.refuse_long(inputs, self.decoding.max_new_tokens)
+        reasons = self.model.unfit(inputs, self.decoding.max_new_tokens)
         if any(reasons):
             lengths = inputs["attention_mask"].sum(1).tolist()
             for i, length, reason in zip(list(media), lengths, reasons, strict=True):
@@ -197,7 +197,6 @@ class Batches:
             picker = Picker(self.decoding, self.model.media_token_id, [ids[i] for i in prompts.numbers])
             ending = Ending(self.model, picker, any(position.answers for position in self.positions))
             mask = prompts.inputs["attention_mask"].cpu().bool()
-            # The padding may lie in the middle of a prompt, between the Q-Former's queries and the text.
             keep = [
                 np.flatnonzero(mask[row])[marks > 0] + row * mask.shape[1] for row, marks in enumerate(prompts.marks)
             ]
