@@ -97,7 +97,7 @@ class Options:
     """Time capturing residual streams."""
 
     quick: bool = False
-    """Few batches and two rounds; prints the results."""
+    """Few batches and two rounds, so that what is done once a run weighs much; prints the results."""
     runs: int | None = None
     """Rounds; five, or two with --quick."""
     folder: Path = Path()
@@ -349,7 +349,7 @@ class Benchmark:
         right = HooksKeep(task.subject, folder)
         expected = right.found(right.run(task, folder), task)
         # Once for what is kept, once for what is on its way to the disk, once for the model's own.
-        memory = 2 * task.bytes + (256 << 20)
+        memory = 2 * task.bytes + (128 << 20)
         for _ in range(self.runs):
             for contestant in self._order.sample(contestants, len(contestants)):
                 out = folder / "run"

@@ -10,7 +10,7 @@ from gapprobe.tracing.tokens import TokenTable
 
 NAMES = ["other", "image", "image", "question", "entity", "question", "entity", "answer_cue"]
 TABLE = TokenTable(
-    np.arange(8) + 50, np.array([ROLES[name] for name in NAMES], dtype=np.uint8), tuple("abcdefgh"), np.zeros((8, 4))
+    np.arange(8) + 50, np.array([ROLES[name] for name in NAMES], dtype=np.uint8), lambda _: "abcdefgh", np.zeros((8, 4))
 )
 
 

@@ -551,7 +551,7 @@ def wav(samples: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_template_that_leaves_the_picture_out_is_told_by_every_row(tmp_path: Path) -> None:
+def test_a_template_that_leaves_the_picture_out_is_told_by_every_row() -> None:
     model = fresh("llava-llama")
     model.processor.chat_template = "USER: {{ messages[0].content[-1].text }} ASSISTANT:"
     wanted = examples(3)

@@ -30,6 +30,8 @@ from gapprobe.models.layouts import LAYOUTS
 from gapprobe.models.norms import read_norm
 from gapprobe.sound import Sound
 
+# Stands for the user's text in a chat template, to see what the template puts around it; no template looks for it.
+STAND_IN = "\ue000"
 Medium = PIL.Image.Image | Sound
 # Tokens by which processors put pictures, films and sound into a prompt.
 MEDIA_TOKENS = ("image_token", "boi_token", "video_token", "audio_token")
@@ -54,6 +56,9 @@ class Model:
     source: str
     revision: str = ""
     files: tuple[Path, ...] = ()
+    _text_starts: dict[tuple[bool, str], int] = field(
+        default_factory=dict[tuple[bool, str], int], init=False, repr=False
+    )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -233,6 +238,14 @@ class Model:
         if with_image:
             return self.family.prompt.format(image=self.media_token, text=text)
         return self.family.bare.format(bos=self.tokenizer.bos_token, text=text)
+
+    def text_start(self, *, with_image: bool) -> int | None:
+        """Return at which character of a rendered prompt the user's text begins; None where that cannot be told."""
+        key = with_image, str(self.processor.chat_template)
+        if key not in self._text_starts:
+            self._text_starts[key] = self.render(STAND_IN, with_image=with_image).find(STAND_IN)
+        start = self._text_starts[key]
+        return None if start < 0 else start
 
     def refuse_medium(self, medium: Medium) -> None:
         """Raise DataError for a picture or sound that the model does not read, or not as a whole."""

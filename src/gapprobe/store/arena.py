@@ -62,7 +62,10 @@ class Arena:
     def __init__(self, header: StoreHeader, capacity: int) -> None:
         self.capacity = capacity
         self._positions = len(header.positions)
-        self._residual = fresh((len(header.layers), capacity, header.width), header.torch_dtype)
+        # No huge pages: rows come a few tokens at a time and would touch one in every layer, and touching it costs more
+        # than the small pages of what is used (0.85 s against 0.23 s for 327 MB in 31 layers, in a virtual machine).
+        shape = len(header.layers), capacity, header.width
+        self._residual = fresh(shape, header.torch_dtype, huge=False)
         self._bytes = self._residual.view(torch.uint8).numpy()
         self._numbers = torch.empty(2, capacity, dtype=torch.int64)
         self._codes = torch.empty(2, capacity, dtype=torch.uint8)

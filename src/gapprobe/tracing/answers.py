@@ -135,6 +135,8 @@ class Ending(StoppingCriteria):
 
     def __init__(self, model: Model, picker: Picker, reads_back: bool) -> None:
         self.tokenizer, self.ends, self.picker, self.reads_back = model.tokenizer, model.end_tokens, picker, reads_back
+        self._done: set[int] = set()
+        self._pieces: dict[int, str] = {}
 
     @property
     def steps(self) -> int:
@@ -143,15 +145,34 @@ class Ending(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, *_: object, **__: object) -> torch.BoolTensor:
         """Return which rows are done."""
-        done = [self._done(row) for row in self.picker.tokens]
+        rows = self.picker.tokens
+        self._done |= {i for i, row in enumerate(rows) if i not in self._done and self._ends(row)}
+        done = [i in self._done for i in range(len(rows))]
         return cast(torch.BoolTensor, torch.tensor(done, device=input_ids.device))
 
-    def _done(self, picked: list[int]) -> bool:
+    def _ends(self, picked: list[int]) -> bool:
         decoding, read = self.picker.decoding, len(picked) - 1
         spoken = picked[: decoding.max_new_tokens]
-        if len(spoken) < decoding.max_new_tokens and not _over(self.tokenizer, spoken, self.ends, decoding.stop):
+        if len(spoken) < decoding.max_new_tokens and spoken[-1] not in self.ends and not self._stopped(spoken):
             return False
         return not self.reads_back or len(cut(self.tokenizer, spoken, self.ends, decoding.stop).token_ids) <= read
+
+    def _stopped(self, spoken: list[int]) -> bool:
+        """Return whether a stop text stands in what was said; a miss costs steps, and changes no answer."""
+        stop = self.picker.decoding.stop
+        if not stop:
+            return False
+        # Only the tail can be new, and each token is spelled once: decoding every row at every step takes longer.
+        tail = spoken[-max(map(len, stop)) - 1 :]
+        for token in tail:
+            if token not in self._pieces:
+                self._pieces[token] = _decode(self.tokenizer, [token])
+        # A token by itself may lose its space, and a letter of several tokens is none in any of them.
+        text = "".join(self._pieces[token] for token in tail).replace(" ", "")
+        if text.isascii() and not any(marker.replace(" ", "") in text for marker in stop):
+            return False
+        said = _decode(self.tokenizer, spoken)
+        return any(marker in said for marker in stop)
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: frozenset[int], stop: Sequence[str]) -> Answer:
@@ -167,13 +188,6 @@ def cut(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: frozenset[i
         return Answer("", ())
     size = next(k for k in range(1, len(tokens) + 1) if _decode(tokenizer, tokens[:k]).startswith(text))
     return Answer(text.strip(), tuple(tokens[:size]))
-
-
-def _over(tokenizer: PreTrainedTokenizerBase, tokens: list[int], ends: frozenset[int], stop: Sequence[str]) -> bool:
-    if len(_before_end(tokens, ends)) < len(tokens):
-        return True
-    text = _decode(tokenizer, tokens) if stop else ""
-    return any(marker in text for marker in stop)
 
 
 def _before_end(tokens: list[int], ends: frozenset[int]) -> list[int]:

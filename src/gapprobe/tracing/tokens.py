@@ -6,9 +6,10 @@ The prompt as text is tokenised once more, with the characters of each token, an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -20,8 +21,6 @@ from gapprobe.models.model import Model
 from gapprobe.store.format import ROLES
 
 ROLE_NAMES = tuple(ROLES)
-# Stands for the user's text in a chat template, to see what the template puts around it; no template looks for it.
-STAND_IN = "\ue000"
 
 
 # Roles of text, the later the stronger where a token touches two of them.
@@ -35,19 +34,24 @@ class TokenTable:
     Attributes:
         ids: numbers in the vocabulary.
         roles: values of `store.format.ROLES`.
-        texts: what each token stands for.
+        spell: from numbers to what tokens stand for.
         boxes: place in the picture of each image token, left, top, right, bottom as shares of its width and height;
             no area where a token has none.
     """
 
     ids: Int[np.ndarray, " t"]
     roles: UInt8[np.ndarray, " t"]
-    texts: tuple[str, ...]
+    spell: Callable[[list[int]], Sequence[str]] = field(repr=False)
     boxes: Float[np.ndarray, "t 4"]
 
     def __len__(self) -> int:
         """Return the number of tokens."""
         return len(self.ids)
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """Return what each token stands for."""
+        return tuple(self.spell(self.ids.tolist()))
 
     def where(self, role: str) -> NDArray[np.int64]:
         """Return the positions of the tokens of a role."""
@@ -91,16 +95,15 @@ def token_table(
     theirs, offsets = np.array(told["input_ids"]), np.array(told["offset_mapping"]).reshape(-1, 2)
     written = _written(model, prompt, text, spans, with_image=bool(media.any()))
     ours, words = np.flatnonzero(~media), np.flatnonzero(theirs != model.media_token_id)
+    strongest = _strongest(written, offsets)
     # Image tokens apart, both are the same tokens but for what processors add: separators, a newline at the end.
-    match = SequenceMatcher(None, theirs[words].tolist(), ids[ours].tolist(), autojunk=False)
-    matched = 0
-    for a, b, size in match.get_matching_blocks():
-        matched += size
-        for word, place in zip(words[a : a + size], ours[b : b + size], strict=True):
-            start, end = offsets[word]
-            # The strongest role that any of its characters has; a token of no characters (BOS) has none.
-            roles[place] = written[start:end].max(initial=0)
-    if matched < len(words) // 2:
+    blocks = [(0, 0, len(words))]
+    if not np.array_equal(theirs[words], ids[ours]):
+        match = SequenceMatcher(None, theirs[words].tolist(), ids[ours].tolist(), autojunk=False)
+        blocks = [(block.a, block.b, block.size) for block in match.get_matching_blocks()]
+    for first, place, size in blocks:
+        roles[ours[place : place + size]] = strongest[words[first : first + size]]
+    if sum(size for _, _, size in blocks) < len(words) // 2:
         warnings.warn(
             f"{model.source}: the tokens of a prompt are not those of its text, so most of them have no role",
             stacklevel=2,
@@ -112,29 +115,39 @@ def token_table(
     places = np.zeros((len(ids), 4))
     if boxes is not None and len(boxes) == media.sum():
         places[media] = boxes
-    return TokenTable(ids, roles, tuple(cast(Any, model.tokenizer).convert_ids_to_tokens(ids.tolist())), places)
+    return TokenTable(ids, roles, cast(Any, model.tokenizer).convert_ids_to_tokens, places)
 
 
 def plain_table(ids: Int[np.ndarray, " t"]) -> TokenTable:
     """Return a table that knows no roles but that of the last token: all that the ends of a prompt need."""
     roles = np.zeros(len(ids), dtype=np.uint8)
     roles[-1:] = ROLES["answer_cue"]
-    return TokenTable(ids, roles, (), np.zeros((len(ids), 4)))
+    return TokenTable(ids, roles, lambda _: (), np.zeros((len(ids), 4)))
+
+
+def _strongest(written: UInt8[np.ndarray, " c"], offsets: Int[np.ndarray, "w 2"]) -> UInt8[np.ndarray, " w"]:
+    """Return for each token the strongest role that any of its characters has; a token of none (BOS) has none."""
+    if not len(offsets):
+        return np.zeros(0, dtype=np.uint8)
+    # The largest between each start and its end; what lies between an end and the next start is passed over.
+    largest = np.maximum.reduceat(np.append(written, np.uint8(0)), offsets.ravel())[::2]
+    return np.where(offsets[:, 0] < offsets[:, 1], largest, 0).astype(np.uint8)
 
 
 def _written(
     model: Model, prompt: str, text: str, spans: Mapping[str, Sequence[tuple[int, int]]], *, with_image: bool
 ) -> UInt8[np.ndarray, " c"]:
     """Return the role of every character of the rendered prompt, as a number of `TEXT_ROLES`."""
-    start = model.render(STAND_IN, with_image=with_image).find(STAND_IN)
-    lead = len(text) - len(text.lstrip())
+    start, end = model.text_start(with_image=with_image), len(text)
+    if start is None:
+        return np.zeros(len(prompt), dtype=np.uint8)
     if prompt[start : start + len(text)] != text:
         # Some templates strip what they are given.
-        start -= lead
+        start, end = start - (len(text) - len(text.lstrip())), len(text.rstrip())
     written = np.full(len(prompt), TEXT_ROLES.index("answer_cue"), dtype=np.uint8)
     written[: max(start, 0)] = TEXT_ROLES.index("system")
-    written[max(start, 0) : start + len(text)] = TEXT_ROLES.index("question")
+    written[max(start, 0) : start + end] = TEXT_ROLES.index("question")
     for role, stretches in spans.items():
         for a, b in stretches:
-            written[max(start + a, 0) : max(start + b, 0)] = TEXT_ROLES.index(role)
+            written[max(start + a, 0) : max(start + min(b, end), 0)] = TEXT_ROLES.index(role)
     return written
