@@ -621,7 +621,7 @@ def test_a_shard_that_is_not_as_planned_is_not_written(tmp_path, monkeypatch):
 
 
 def test_a_row_without_its_position_has_zeros_in_the_dense_copy(monkeypatch):
-    monkeypatch.setattr(arena, "fresh", lambda shape, dtype: torch.full(shape, torch.nan, dtype=dtype))
+    monkeypatch.setattr(arena, "fresh", lambda shape, dtype, **_: torch.full(shape, torch.nan, dtype=dtype))
     filled = arena.Arena(HEADER, 8)
     for row in (make_row("a", 3), dataclasses.replace(make_row("b", 2), token_marks=torch.zeros(2, dtype=torch.uint8))):
         filled.add(row)
