@@ -479,6 +479,7 @@ def benchmark(options: Options) -> dict[str, Any]:
     described, begun = machine(options.folder), time.perf_counter()
     count = {"smollm2": 1 if options.quick else 6}
     shapes: dict[str, dict[str, Any]] = {}
+    options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gapprobe-benchmark-", dir=options.folder) as inside:
         run = Benchmark(Path(inside).resolve(), contestants, options.runs or (2 if options.quick else 5))
         for name in options.models or SUBJECTS:
