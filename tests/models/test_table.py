@@ -9,7 +9,7 @@ def test_the_page_claims_what_tests_fill_and_nothing_else() -> None:
     # Every test that is collected must pass for the run of tests to pass, this one among them.
     files = sorted({f"tests/{test.split('::')[0]}" for tests in COLUMNS.values() for test in tests})
     told = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", *files],
+        [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:xdist", *files],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,8 +90,9 @@ def test_data_begin_on_a_page(tmp_path):
 
 def test_roles_are_those_of_the_format_page():
     page = (Path(__file__).parents[2] / "docs" / "store-format.md").read_text()
-    listed = page.split("`token_roles`: ")[1].split(" (Q-Former")[0].replace("answer cue", "answer_cue")
-    assert dict(ROLES) == {name: int(code) for code, name in map(str.split, listed.replace("\n", " ").split(","))}
+    listed = page.split("`token_roles`: ")[1].split("\n\n")[0]
+    found = {name.replace(" ", "_"): int(code) for code, name in re.findall(r"(\d+) (answer cue|\w+)", listed)}
+    assert dict(ROLES) == found
 
 
 def test_header_survives_json():
