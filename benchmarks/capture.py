@@ -8,7 +8,6 @@ What each operation and figure means is in `benchmarks/README.md`; the contestan
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import json
 import os
@@ -42,7 +41,7 @@ from transformers import (
 )
 
 from benchmarks import _measure
-from benchmarks._measure import Cost, machine, versions
+from benchmarks._measure import Cost, machine, tell, unused, versions
 from benchmarks._render import markdown
 from benchmarks.capture_contestants import (
     CASES,
@@ -209,7 +208,7 @@ def demo(name: str, count: int, dtype: str) -> tuple[Model, list[Example]]:
                 image = call.image
                 picture = pictures.setdefault(image.name, Picture(image.name, image.load()))
                 calls[call.text, image.name] = Example(call.text, picture)
-    return load_model(DEMO / "models" / name, dtype=dtype), list(calls.values())  # type: ignore[arg-type]
+    return load_model(DEMO / "models" / name, dtype=dtype), list(calls.values())
 
 
 def make_subject(name: str, batches: int, dtype: str) -> Subject:
@@ -301,7 +300,7 @@ class Benchmark:
         timings.add(cost, check)
         self.timings["flat-llava", OURS] = timings
         shutil.rmtree(out)
-        _tell(f"{'flat-llava':<22} {check}")
+        tell(f"{'flat-llava':<22} {check}")
 
     def _prepared(self, subject: Subject, folder: Path) -> list[Contestant]:
         """Return the contestants that can run this model."""
@@ -324,7 +323,7 @@ class Benchmark:
                 if not contestant.peer:
                     raise
                 self.left_out[f"{contestant.name}, {subject.name}"] = f"{type(error).__name__}: {error!s:.300}"
-                _tell(f"{contestant.name} is left out of {subject.name}: {error!s:.300}")
+                tell(f"{contestant.name} is left out of {subject.name}: {error!s:.300}")
             else:
                 found.append(each)
         return found
@@ -334,7 +333,7 @@ class Benchmark:
         timings = Timings(check="once; nothing is kept", more={"parts": parts})
         timings.add(Cost(sum(parts.values()), 0.0, 0), timings.check)
         self.timings[f"start-{task.subject.name}", OURS] = timings
-        _tell(f"start-{task.subject.name:<16} {parts}")
+        tell(f"start-{task.subject.name:<16} {parts}")
 
     def _case(self, task: Task, contestants: Sequence[Contestant], folder: Path) -> None:
         operation = f"{task.case.name}-{task.subject.name}"
@@ -366,7 +365,7 @@ class Benchmark:
                 del kept
                 shutil.rmtree(out)
                 self.timings.setdefault((operation, contestant.name), Timings()).add(cost, check, others)
-                _tell(
+                tell(
                     f"{operation:<22} {contestant.name:<22} {cost.seconds:8.3f} s {cost.cpu_seconds:8.3f} s of "
                     f"processor {cost.peak_bytes / 1e6:8.1f} MB, others {others:.2f} cores"
                 )
@@ -526,7 +525,7 @@ def render(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "capture-benchmark.md"
     path.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-    _tell(f"{path}")
+    tell(f"{path}")
 
 
 def main(options: Options) -> None:
@@ -534,20 +533,20 @@ def main(options: Options) -> None:
     if options.table:
         render(options.table, options.docs)
         return
-    target = options.json or (None if options.quick else _unused(RESULTS))
+    target = options.json or (None if options.quick else unused(RESULTS, "capture"))
     if target and target.exists():
         sys.exit(f"{target} exists; results are never written over")
     results = benchmark(options)
     for goal in results["goals"]:
         met = {True: "met", False: "MISSED", None: ""}[goal["met"]]
-        _tell(f"{goal['operation']:<22} {goal['goal']:<52} {goal['value']:7.3f} (at most {goal['at_most']}) {met}")
+        tell(f"{goal['operation']:<22} {goal['goal']:<52} {goal['value']:7.3f} (at most {goal['at_most']}) {met}")
     others = [share for row in results["rows"] for share in row["others"]]
     if loud := sum(share > _QUIET for share in others):
-        _tell(f"{loud} of {len(others)} runs had others beside them on more than {_QUIET} cores: their times are void")
+        tell(f"{loud} of {len(others)} runs had others beside them on more than {_QUIET} cores: their times are void")
     text = json.dumps(results, indent=1)
     if target:
         target.write_text(text + "\n", encoding="utf-8")
-        _tell(f"{target}")
+        tell(f"{target}")
     else:
         print(text)
 
@@ -562,22 +561,6 @@ def _missing(contestant: type[Contestant]) -> str:
 def _refuse_unknown(what: str, names: Sequence[str], known: Sequence[str]) -> None:
     if unknown := sorted(set(names) - set(known)):
         sys.exit(f"no {what} {unknown[0]!r}; there are {', '.join(known)}")
-
-
-def _unused(folder: Path) -> Path:
-    """Return a name of today for results, with a number when today has some."""
-    folder.mkdir(parents=True, exist_ok=True)
-    today = f"capture-{datetime.date.today().isoformat()}"
-    number = 2
-    path = folder / f"{today}.json"
-    while path.exists():
-        path = folder / f"{today}-{number}.json"
-        number += 1
-    return path
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

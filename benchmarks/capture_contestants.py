@@ -189,7 +189,7 @@ class Contestant(ABC):
         """Run all batches, and keep what is wanted in memory or in the empty `folder`."""
 
     def found(self, kept: Any, task: Task) -> Found:
-        """Return what `run` kept; outside the clock."""
+        """Return what `run` kept; outside the clock. Only those that keep anything are asked."""
         raise NotImplementedError
 
     def measured(self, task: Task, folder: Path, memory: int) -> tuple[Any, Cost]:
@@ -263,7 +263,7 @@ class PlainForward(Contestant):
     distributions = ("torch", "transformers", "numpy")
     keeps = peer = False
 
-    def run(self, task: Task, folder: Path) -> None:  # noqa: ARG002
+    def run(self, task: Task, folder: Path) -> None:
         """Run the prompts."""
         for inputs in task.subject.batches:
             forward(self.model.hf, inputs)
@@ -277,7 +277,7 @@ class PlainGenerate(Contestant):
     cases = ("answers",)
     keeps = peer = False
 
-    def run(self, task: Task, folder: Path) -> None:  # noqa: ARG002
+    def run(self, task: Task, folder: Path) -> None:
         """Answer the prompts."""
         for inputs in task.subject.batches:
             generate(self.model, inputs, task.case.new_tokens)
@@ -294,7 +294,7 @@ class BareHooks(Contestant):
     cases = ("last", "all", "answers")
     keeps = peer = False
 
-    def run(self, task: Task, folder: Path) -> None:  # noqa: ARG002
+    def run(self, task: Task, folder: Path) -> None:
         """Run with hooks."""
         for inputs in task.subject.batches:
             with hooks(self.model, lambda _layer, _hidden: None):
@@ -312,7 +312,7 @@ class HooksKeep(Contestant):
     cases = ("last", "all", "answers")
     peer = False
 
-    def run(self, task: Task, folder: Path) -> Any:  # noqa: ARG002
+    def run(self, task: Task, folder: Path) -> Any:
         """Keep layers by batch; answering, by batch and step."""
         kept: list[Any] = []
         for inputs, lines in zip(task.subject.batches, task.lines, strict=True):
@@ -360,7 +360,7 @@ class OutputHiddenStates(Contestant):
         # Asked once, transformers leaves hooks in the model for good.
         self._hf = subject.copied()
 
-    def run(self, task: Task, folder: Path) -> list[list[Tensor]]:  # noqa: ARG002
+    def run(self, task: Task, folder: Path) -> list[list[Tensor]]:
         """Keep layers by batch."""
         kept: list[list[Tensor]] = []
         for inputs, lines in zip(task.subject.batches, task.lines, strict=True):
@@ -370,7 +370,7 @@ class OutputHiddenStates(Contestant):
             del out, states
         return kept
 
-    def found(self, kept: list[list[Tensor]], task: Task) -> Found:  # noqa: ARG002
+    def found(self, kept: list[list[Tensor]], task: Task) -> Found:
         """Return what was kept."""
         return joined(kept)
 
@@ -383,7 +383,7 @@ class GenerateThenForward(Contestant):
     cases = ("answers",)
     exact = False
 
-    def run(self, task: Task, folder: Path) -> Any:  # noqa: ARG002
+    def run(self, task: Task, folder: Path) -> Any:
         """Keep layers by batch, and the new tokens."""
         kept: list[Any] = []
         for inputs in task.subject.batches:
@@ -403,7 +403,7 @@ class GenerateThenForward(Contestant):
             kept.append((layers, answers))
         return kept
 
-    def found(self, kept: Any, task: Task) -> Found:  # noqa: ARG002
+    def found(self, kept: Any, task: Task) -> Found:
         """Return what was kept."""
         return joined([layers for layers, _ in kept], [answer for _, answers in kept for answer in answers])
 
@@ -443,7 +443,7 @@ class VlmLensWay(Contestant):
                     forward(self.model.hf, inputs)
         return path
 
-    def found(self, kept: Path, task: Task) -> Found:  # noqa: ARG002
+    def found(self, kept: Path, task: Task) -> Found:
         """Read the blobs back."""
 
         def layer(number: int) -> Tensor:
@@ -482,7 +482,7 @@ class TransformerLens(Contestant):
         self._names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(blocks))]
 
     @torch.no_grad()
-    def run(self, task: Task, folder: Path) -> list[list[Tensor]]:  # noqa: ARG002
+    def run(self, task: Task, folder: Path) -> list[list[Tensor]]:
         """Keep layers by batch."""
         kept: list[list[Tensor]] = []
         options: dict[str, Any] = {"pos_slice": -1} if task.case.name == "last" else {}
@@ -527,7 +527,7 @@ class Nnterp(Contestant):
             self._model = wrap(subject.model.hf, tokenizer=words, check_renaming=False)
 
     @torch.no_grad()
-    def run(self, task: Task, folder: Path) -> list[list[Tensor]]:  # noqa: ARG002
+    def run(self, task: Task, folder: Path) -> list[list[Tensor]]:
         """Keep layers by batch; the final norm and the logits are left out."""
         kept: list[list[Tensor]] = []
         for inputs, lines in zip(task.subject.batches, task.lines, strict=True):
@@ -541,7 +541,7 @@ class Nnterp(Contestant):
             kept.append(layers)
         return kept
 
-    def found(self, kept: list[list[Tensor]], task: Task) -> Found:  # noqa: ARG002
+    def found(self, kept: list[list[Tensor]], task: Task) -> Found:
         """Return what was kept."""
         return joined(kept)
 
@@ -613,7 +613,7 @@ class Elsewhere(Contestant):
         self.cpu_elsewhere = told.pop("whole")
         return kept, Cost(**told)
 
-    def found(self, kept: Path, task: Task) -> Found:  # noqa: ARG002
+    def found(self, kept: Path, task: Task) -> Found:
         """Read what it kept."""
         layers = torch.load(kept)
         return Found(lambda layer: layers[layer], len(layers))

@@ -9,7 +9,6 @@ What each operation and figure means is in `benchmarks/README.md`; the contestan
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import itertools
 import json
@@ -28,7 +27,18 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks._measure import Cost, can_drop, can_write_directly, drop, files_of, machine, timed, versions
+from benchmarks._measure import (
+    Cost,
+    can_drop,
+    can_write_directly,
+    drop,
+    files_of,
+    machine,
+    tell,
+    timed,
+    unused,
+    versions,
+)
 from benchmarks._render import markdown, picture
 from benchmarks.store_contestants import Contestant, Plain, PlainDirect
 from benchmarks.store_data import Data, make_data
@@ -287,9 +297,7 @@ class Benchmark:
 
     def _add(self, operation: str, contestant: type[Contestant], cost: Cost, check: str, divisor: int = 1) -> None:
         self.timings.setdefault((operation, contestant.name), Timings()).add(cost, divisor, check)
-        _tell(
-            f"{operation:<17} {contestant.name:<20} {cost.seconds / divisor:10.5f} s  {cost.peak_bytes / 1e6:8.1f} MB"
-        )
+        tell(f"{operation:<17} {contestant.name:<20} {cost.seconds / divisor:10.5f} s  {cost.peak_bytes / 1e6:8.1f} MB")
 
 
 def benchmark(data: Data, folder: Path, runs: int, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -354,7 +362,7 @@ def render(source: Path, folder: Path) -> None:
         (folder / "store-benchmark.svg", picture(results, TITLES, OURS, "Keeping activations on disk", about)),
     ):
         path.write_text(text, encoding="utf-8")
-        _tell(f"{path}")
+        tell(f"{path}")
 
 
 def main(options: Options) -> None:
@@ -362,7 +370,7 @@ def main(options: Options) -> None:
     if options.table:
         render(options.table, options.docs)
         return
-    target = options.json or (None if options.quick else _unused(RESULTS))
+    target = options.json or (None if options.quick else unused(RESULTS, "store"))
     if target and target.exists():
         sys.exit(f"{target} exists; results are never written over")
     gigabytes = options.size_gb or (_QUICK_GB if options.quick else _FULL_GB)
@@ -372,7 +380,7 @@ def main(options: Options) -> None:
     text = json.dumps(results, indent=1)
     if target:
         target.write_text(text + "\n", encoding="utf-8")
-        _tell(f"{target}")
+        tell(f"{target}")
     else:
         print(text)
 
@@ -413,22 +421,6 @@ def _stream(data: Data, sizes: Sequence[int]) -> list[Tensor]:
         if not missing:
             break
     return list(torch.cat(parts).split(list(sizes)))
-
-
-def _unused(folder: Path) -> Path:
-    """Return a name of today for results, with a number when today has some."""
-    folder.mkdir(parents=True, exist_ok=True)
-    today = f"store-{datetime.date.today().isoformat()}"
-    number = 2
-    path = folder / f"{today}.json"
-    while path.exists():
-        path = folder / f"{today}-{number}.json"
-        number += 1
-    return path
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

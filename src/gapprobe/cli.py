@@ -18,6 +18,7 @@ from tyro.extras import SubcommandApp
 
 from gapprobe.errors import ConfigError, GapprobeError
 from gapprobe.files import told_count
+from gapprobe.models.families.base import Site
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -80,10 +81,7 @@ def capture(
         tuple[str, ...], tyro.conf.arg(help="which tokens: last_input, answer, image, entity[-1], all, …")
     ] = ("last_input", "last_output"),
     layers: Annotated[tuple[int, ...], tyro.conf.arg(help="numbers from 0, the embeddings; all if not given")] = (),
-    site: Annotated[
-        Literal["residual", "middle", "attention", "mlp", "vision", "bridge", "queries"],
-        tyro.conf.arg(help="where in the model; of the last three all tokens are kept"),
-    ] = "residual",
+    site: Annotated[Site, tyro.conf.arg(help="where in the model; of the last three all tokens are kept")] = "residual",
     max_new_tokens: Annotated[int, tyro.conf.arg(help="longest answer; 0 reads the prompts only")] = 10,
     stop: Annotated[tuple[str, ...], tyro.conf.arg(help="texts that end an answer")] = (),
     temperature: Annotated[

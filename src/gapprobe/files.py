@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gapprobe.errors import OutputError
+from gapprobe.errors import DataError, OutputError
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -60,6 +60,21 @@ def told_count(count: int, what: str) -> str:
 def told_bytes(size: int) -> str:
     """Return a number of bytes for people."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def read_bytes(what: str, path: Path | None, data: bytes | None) -> bytes:
+    """Return the bytes of what a user gave as a file or as `data`.
+
+    Raises:
+        DataError: it cannot be read, or has none; `what` names it.
+    """
+    try:
+        content = data if data is not None else Path(path or "").read_bytes()
+    except OSError as error:
+        raise DataError(f"{what} cannot be read: {error.strerror}") from error
+    if not content:
+        raise DataError(f"{what} is empty (zero bytes)")
+    return content
 
 
 def write_bytes(path: Path, data: bytes) -> None:

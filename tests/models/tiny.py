@@ -33,7 +33,6 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
-    OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
@@ -84,7 +83,7 @@ def tokenizer(**settings: object) -> PreTrainedTokenizerFast:
 
 
 def build(kind: str, *, chat: bool = True, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Return a random model of `KINDS`, or `instructblip-opt`, with its processor."""
+    """Return a random model of `KINDS` with its processor."""
     torch.manual_seed(seed)
     family, language = kind.split("-")
     words = tokenizer()
@@ -114,11 +113,8 @@ def image(seed: int, width: int = 40, height: int = 30) -> ImageFile:
     return ImageFile(f"noise-{seed}.png", data=buffer.getvalue())
 
 
-def _language(name: str, words: int) -> LlamaConfig | MistralConfig | OPTConfig:
+def _language(name: str, words: int) -> LlamaConfig | MistralConfig:
     tokens = {"vocab_size": words, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    if name == "opt":
-        size = {"hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "ffn_dim": 48}
-        return OPTConfig(num_hidden_layers=2, num_attention_heads=4, **size, **tokens)
     if name == "mistral":
         tokens["sliding_window"] = 16
     kind = {"llama": LlamaConfig, "mistral": MistralConfig}[name]
@@ -158,9 +154,7 @@ def _llava(
     return LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=grid, **shared)), processor
 
 
-def _instructblip(
-    text: LlamaConfig | OPTConfig, words: PreTrainedTokenizerFast
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+def _instructblip(text: LlamaConfig, words: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, ProcessorMixin]:
     config = InstructBlipConfig(
         vision_config=InstructBlipVisionConfig(
             hidden_size=24,

@@ -559,3 +559,27 @@ def test_a_template_that_leaves_the_picture_out_is_told_by_every_row() -> None:
     rows = run.rows(wanted, ids_of(wanted))
     assert [row.columns["error_kind"] for row in rows] == [None, "processor", "processor"]
     assert "Found total 0 <image> tokens" in str(rows[1].columns["error"])
+
+
+@pytest.mark.parametrize(
+    ("positions", "site"),
+    [(["all"], "residual"), (["answer[0]", "answer[-1]"], "residual"), (["answer[:3]", "image"], "residual")]
+    + [(None, "vision"), (None, "queries")],
+)
+def test_as_many_tokens_are_kept_as_were_said(
+    positions: list[str] | None, site: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Answers run to their full length here: no stop text, and no end token among the first six.
+    model, wanted = loaded("instructblip-llama"), [e for e in examples(7) if e.image]
+    store = taken(model, wanted, tmp_path / "acts", positions=positions, site=site, stop=None, progress=True)
+    assert {len(ids) for ids in store.rows["answer_token_ids"]} == {6}
+    said = float(capsys.readouterr().err.split(" tokens x")[0].rsplit(" x ", 1)[1])
+    assert said == pytest.approx(store.info().tokens / len(wanted), abs=0.05)
+
+
+def test_a_tower_reads_one_example_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = TooMany(1, RuntimeError("more than one"))
+    monkeypatch.setattr(batch_module, "trace", seen)
+    store = taken(loaded("llava-llama"), [e for e in examples(7) if e.image], tmp_path / "acts", site="bridge")
+    assert set(seen.sizes) == {1}
+    assert store.rows["error"].isna().all()

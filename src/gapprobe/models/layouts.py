@@ -43,14 +43,14 @@ def square(model: Model, inputs: Inputs, row: int, size: tuple[int, int]) -> Box
     return grid(side, side) * scale + shift
 
 
-def qwen(model: Model, inputs: Inputs, row: int, size: tuple[int, int]) -> Boxes | None:  # noqa: ARG001 (one signature for all)
+def qwen(model: Model, inputs: Inputs, row: int, _size: tuple[int, int]) -> Boxes | None:
     """One grid over the whole picture, as fine as the picture is large: Qwen-VL merges 2 x 2 patches to a token."""
     merge = int(cast(Any, model.processor).image_processor.merge_size)
     _, rows, columns = (int(number) for number in inputs["image_grid_thw"][row])
     return grid(rows // merge, columns // merge)
 
 
-def anyres(model: Model, inputs: Inputs, row: int, size: tuple[int, int]) -> Boxes | None:  # noqa: ARG001
+def anyres(model: Model, inputs: Inputs, _row: int, size: tuple[int, int]) -> Boxes | None:
     """The whole picture in a square grid, then in a finer one of its shape with line ends (LLaVA-NeXT, OneVision)."""
     processor = cast(Any, model.processor)
     width, height = size
@@ -89,7 +89,7 @@ def internvl(model: Model, inputs: Inputs, row: int, size: tuple[int, int]) -> B
     return _tiled(rows, columns, count)
 
 
-def sound(model: Model, inputs: Inputs, row: int, size: tuple[int, int]) -> Boxes | None:  # noqa: ARG001
+def sound(model: Model, inputs: Inputs, row: int, _size: tuple[int, int]) -> Boxes | None:
     """All of a sound, from left to right (Qwen2-Audio)."""
     return grid(1, _count(model, inputs, row))
 

@@ -106,13 +106,10 @@ class Model:
     @property
     def media_token(self) -> str:
         """Return the token that stands for image or sound in a prompt."""
-        return str(cast(Any, self.processor).audio_token if self.family.modality == "audio" else self.image_token)
-
-    @property
-    def image_token(self) -> str:
-        """Return what a prompt holds in the place of the picture."""
-        # Gemma 3 puts the tokens of the picture behind a token of their beginning.
         processor = cast(Any, self.processor)
+        if self.family.modality == "audio":
+            return str(processor.audio_token)
+        # Gemma 3 puts the tokens of the picture behind a token of their beginning.
         return str(getattr(processor, "boi_token", None) or processor.image_token)
 
     @cached_property

@@ -10,9 +10,9 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor
 
 from gapprobe.errors import ConfigError
+from gapprobe.models.families.base import Site
 from gapprobe.models.model import Model
 
-Site = Literal["residual", "middle", "attention", "mlp", "vision", "bridge", "queries"]
 SITES: tuple[Site, ...] = get_args(Site)
 # Their tokens are those of the picture as the tower sees it, not those of the prompt.
 IN_TOWER: tuple[Site, ...] = ("vision", "bridge", "queries")

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
 
 from gapprobe.errors import ConfigError, DataError
+from gapprobe.files import read_bytes
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 
@@ -49,13 +50,7 @@ class ImageFile:
 
     def read(self) -> bytes:
         """Return the bytes of the file."""
-        try:
-            content = self.data if self.data is not None else cast(Path, self.path).read_bytes()
-        except OSError as error:
-            raise DataError(f"image {self.name} cannot be read: {error.strerror}") from error
-        if not content:
-            raise DataError(f"image {self.name} is empty (zero bytes)")
-        return content
+        return read_bytes(f"image {self.name}", self.path, self.data)
 
     def load(self) -> PIL.Image.Image:
         """Return the picture in RGB."""

@@ -6,11 +6,12 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from gapprobe.errors import DataError
+from gapprobe.files import read_bytes
 from gapprobe.sound import Sound
 
 
@@ -42,13 +43,7 @@ class SoundFile:
 
     def read(self) -> bytes:
         """Return the bytes of the file."""
-        try:
-            content = self.data if self.data is not None else cast(Path, self.path).read_bytes()
-        except OSError as error:
-            raise DataError(f"sound {self.name} cannot be read: {error.strerror}") from error
-        if not content:
-            raise DataError(f"sound {self.name} is empty (zero bytes)")
-        return content
+        return read_bytes(f"sound {self.name}", self.path, self.data)
 
     def load(self) -> Sound:
         """Return the sound, its channels averaged."""

@@ -38,7 +38,7 @@ class Prompts:
 
 @dataclass
 class Batches:
-    """What a run makes of its batches.
+    """What a run makes of its batches; of a site in the tower, of one example at a time.
 
     Attributes:
         model: the model.
@@ -61,11 +61,6 @@ class Batches:
     limit: int | None = field(default=None, init=False)
     _room: Room = field(default_factory=Room, init=False)
 
-    def __post_init__(self) -> None:
-        """Run one row at a time where the states of a batch cannot be told apart by row."""
-        if self.site in IN_TOWER:
-            self.limit = 1
-
     def rows(self, examples: Sequence[Example], ids: Sequence[str]) -> list[StoredRow]:
         """Return the row of each example; those that cannot be run have no tokens.
 
@@ -75,6 +70,18 @@ class Batches:
         fine = self.prepare(examples, ids, failed)
         found = failed | (self._answered(fine, examples, ids) if fine else {})
         return [found[i] for i in range(len(examples))]
+
+    def sizes(self, examples: Sequence[Example], ids: Sequence[str]) -> list[int]:
+        """Return how many tokens each of the examples that can be run will keep, if its answer is as long as it can be.
+
+        Of a site in the tower the examples are run, for only the model knows.
+        """
+        if self.site in IN_TOWER:
+            each = (self.rows([example], [id_])[0] for example, id_ in zip(examples, ids, strict=True))
+            return [len(row.token_ids) for row in each if row.columns["error"] is None]
+        fine = self.prepare(examples, ids, {})
+        spoken = int((self._heard(len(self.model.starts), self.decoding.max_new_tokens) > 0).sum())
+        return [int((marks > 0).sum()) + spoken for marks in fine.marks] if fine else []
 
     def prepare(self, examples: Sequence[Example], ids: Sequence[str], failed: dict[int, StoredRow]) -> Prompts | None:
         """Return the examples that can be run, None if there are none, and put the others into `failed`."""

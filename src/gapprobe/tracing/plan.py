@@ -16,6 +16,7 @@ import psutil
 
 from gapprobe.errors import DataError, OutputError
 from gapprobe.files import require_room, told_bytes
+from gapprobe.models.sites import IN_TOWER
 from gapprobe.store.format import DTYPES
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageSource
@@ -28,6 +29,8 @@ from gapprobe.tracing.positions import Position
 TABLE_BYTES = 2048
 # Examples that are encoded before the start, to know how many tokens a row keeps.
 SAMPLE = 16
+# Of a site in the tower, examples that are run.
+RUN_SAMPLE = 2
 
 
 def row_ids(examples: Sequence[Example], positions: Sequence[Position], decoding: Decoding) -> list[str]:
@@ -104,17 +107,20 @@ class Need:
     def of(
         cls, run: Batches, examples: Sequence[Example], ids: Sequence[str], missing: Sequence[int], batch_size: int
     ) -> Need:
-        """Return the need of the missing examples, from a sample of them that is encoded but not run."""
-        sample = [missing[i] for i in sorted({len(missing) * k // SAMPLE for k in range(SAMPLE)})] if missing else []
+        """Return the need of the missing examples, from a sample of them.
+
+        It is encoded but not run; of a site in the tower, where only the model knows how many tokens there are, a few
+        are run.
+        """
+        count = RUN_SAMPLE if run.site in IN_TOWER else SAMPLE
+        sample = [missing[i] for i in sorted({len(missing) * k // count for k in range(count)})] if missing else []
         kept: list[int] = []
         for with_medium in (True, False):
             some = [i for i in sample if (examples[i].medium is not None) == with_medium]
-            fine = run.prepare([examples[i] for i in some], [ids[i] for i in some], {}) if some else None
-            kept += [int((marks > 0).sum()) for marks in fine.marks] if fine else []
-        spoken = max((run.decoding.max_new_tokens if p.part == slice(None) else 1) * p.answers for p in run.positions)
-        mean = sum(kept) / max(len(kept), 1) + spoken
-        longest = max(kept, default=0) + spoken
-        return cls(len(missing), len(run.layers), mean, longest, run.width, run.dtype, batch_size)
+            if some:
+                kept += run.sizes([examples[i] for i in some], [ids[i] for i in some])
+        mean = sum(kept) / max(len(kept), 1)
+        return cls(len(missing), len(run.layers), mean, max(kept, default=0), run.width, run.dtype, batch_size)
 
     @property
     def what(self) -> str:
@@ -123,14 +129,9 @@ class Need:
         return f"{self.rows:,} rows x {size} in {self.dtype}"
 
     @property
-    def row_bytes(self) -> float:
-        """Return the estimate for one row on disk."""
-        return self._layer_bytes(self.dtype) * self.layers + TABLE_BYTES
-
-    @property
     def bytes(self) -> int:
         """Return the estimate for all rows on disk."""
-        return round(self.rows * self.row_bytes)
+        return self._disk_bytes(self.dtype)
 
     @property
     def batch_bytes(self) -> int:
@@ -152,8 +153,11 @@ class Need:
     def _layer_bytes(self, dtype: str) -> float:
         return self.tokens * self.width * DTYPES[dtype][1].itemsize
 
+    def _disk_bytes(self, dtype: str) -> int:
+        return round(self.rows * (self._layer_bytes(dtype) * self.layers + TABLE_BYTES))
+
     def _smaller(self, free: int) -> str:
-        half = round(self.rows * (self._layer_bytes("bfloat16") * self.layers + TABLE_BYTES))
+        half = self._disk_bytes("bfloat16")
         if DTYPES[self.dtype][1].itemsize > 2 and half <= free:
             return f"Use dtype='bfloat16' ({told_bytes(half)}), or free some space."
         layer = self._layer_bytes("bfloat16")

@@ -107,11 +107,13 @@ def capture(
     check_model(model).require()
     run = Batches(model, numbers, chosen, decoding, dtype, site, _width(model, site))
     ids = row_ids(examples, chosen, decoding)
-    plan = batches(examples, ids, batch_size)
+    # The states of a tower do not tell whose they are.
+    size = 1 if site in IN_TOWER else batch_size
+    plan = batches(examples, ids, size)
     with StoreWriter(out, header_of(run)) as writer:
         stored = writer.ids
         missing = [i for batch in plan for i in batch if ids[i] not in stored]
-        need = Need.of(run, examples, ids, missing, batch_size)
+        need = Need.of(run, examples, ids, missing, size)
         need.require(Path(out), free_memory())
         total = sum(len(batch) for batch in plan)
         name = f"capture {model.family.name}"

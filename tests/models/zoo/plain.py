@@ -149,12 +149,6 @@ def blip2_t5() -> tuple[PreTrainedModel, ProcessorMixin]:
     return _blip2(tokenizer, _t5_config(tokenizer))
 
 
-def instructblip_llama() -> tuple[PreTrainedModel, ProcessorMixin]:
-    tokenizer = _llama_words(None)
-    config = LlamaConfig(num_key_value_heads=2, **_sizes(tokenizer))
-    return _instructblip(tokenizer, config)
-
-
 def instructblip_opt() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = _opt_words()
     return _instructblip(tokenizer, _opt_config(tokenizer))

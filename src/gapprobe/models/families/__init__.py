@@ -1,6 +1,6 @@
-"""The families of models that can be traced: one file each, found by itself. Nothing is loaded here.
+"""The families of models that can be traced: a file for each make, found by itself. Nothing is loaded here.
 
-A file stands here only if the tests run `check_model` for every language model that it lists. To add a family, add a
+A family stands here only if the tests run `check_model` for every language model that it lists. To add a family, add a
 file with a `FAMILY` (or several `FAMILIES`) and a line in the tests.
 """
 

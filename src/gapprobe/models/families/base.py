@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Modality = Literal["image", "audio", "text"]
+Site = Literal["residual", "middle", "attention", "mlp", "vision", "bridge", "queries"]
 Layout = Literal["", "square", "qwen", "anyres", "idefics", "internvl", "sound"]
 
 

@@ -1,8 +1,10 @@
-"""Idefics3: a SigLIP-like tower for tiles of the picture and then the whole of it, and Llama."""
+"""Idefics3, and SmolVLM, the same in small: a SigLIP-like tower for tiles of the picture and then the whole of it."""
+
+from dataclasses import replace
 
 from gapprobe.models.families.base import Family
 
-FAMILY = Family(
+_IDEFICS = Family(
     name="idefics3",
     architectures=("Idefics3ForConditionalGeneration",),
     language_models=("llama",),
@@ -13,3 +15,4 @@ FAMILY = Family(
     vision="model.vision_model.encoder.layers",
     bridge="model.connector",
 )
+FAMILIES = (_IDEFICS, replace(_IDEFICS, name="smolvlm", architectures=("SmolVLMForConditionalGeneration",)))

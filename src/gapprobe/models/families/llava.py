@@ -1,8 +1,10 @@
-"""LLaVA-1.5 and its relatives: a CLIP tower, a small projector, a decoder."""
+"""LLaVA: a vision tower, a small projector, a decoder. 1.5 and its relatives, NeXT (1.6) and OneVision."""
+
+from dataclasses import replace
 
 from gapprobe.models.families.base import Family
 
-FAMILY = Family(
+_LLAVA = Family(
     name="llava",
     architectures=("LlavaForConditionalGeneration",),
     language_models=("llama", "mistral"),
@@ -12,4 +14,16 @@ FAMILY = Family(
     layout="square",
     vision="model.vision_tower.encoder.layers",
     bridge="model.multi_modal_projector",
+)
+FAMILIES = (
+    _LLAVA,
+    # The whole picture first, then tiles of it.
+    replace(_LLAVA, name="llava_next", architectures=("LlavaNextForConditionalGeneration",), layout="anyres"),
+    replace(
+        _LLAVA,
+        name="llava_onevision",
+        architectures=("LlavaOnevisionForConditionalGeneration",),
+        language_models=("qwen2",),
+        layout="anyres",
+    ),
 )
