@@ -435,6 +435,18 @@ def test_a_batch_too_large_for_the_memory_is_halved(
         assert torch.allclose(store.row(id_).residual, whole.row(id_).residual, rtol=0, atol=1e-4)
 
 
+def test_parts_of_a_halved_batch_do_not_take_each_others_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing is said, so that rows are views of the memory that the trace filled.
+    model, wanted = loaded("llava-llama"), [e for e in examples(9) if e.image]
+    options: dict[str, Any] = {"positions": ["prompt"], "max_new_tokens": 0, "batch_size": 6}
+    whole = taken(model, wanted, tmp_path / "whole", **options)
+    monkeypatch.setattr(batch_module, "trace", TooMany(2, MemoryError()))
+    with pytest.warns(UserWarning, match="does not hold"):
+        store = taken(model, wanted, tmp_path / "acts", **options)
+    for id_ in whole.ids:
+        assert torch.allclose(store.row(id_).residual, whole.row(id_).residual, rtol=0, atol=1e-4)
+
+
 def test_an_example_too_large_for_the_memory_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_module, "trace", TooMany(0, MemoryError()))
     with pytest.warns(UserWarning, match="does not hold"):
