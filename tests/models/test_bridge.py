@@ -1,6 +1,7 @@
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 
 import pytest
@@ -27,16 +28,20 @@ KNOWN = (
 
 
 @pytest.fixture(autouse=True)
-def sealed_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network, and no program is started: an installer would be one."""
+def sealed_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No network, and no program is started, as an installer would be: who tries is told, even if it hides the error."""
     import_module("transformer_lens.model_bridge")
+    tried: list[object] = []
 
     def never(*args: object, **_: object) -> None:
+        tried.append(args[1:])
         raise AssertionError(f"left the machine or started a program: {args}")
 
     monkeypatch.setattr(socket.socket, "connect", never)
     monkeypatch.setattr(socket, "getaddrinfo", never)
     monkeypatch.setattr(subprocess.Popen, "__init__", never)
+    yield
+    assert tried == []
 
 
 @pytest.mark.parametrize("kind", KNOWN)
