@@ -29,7 +29,7 @@ KNOWN = (
 
 @pytest.fixture(autouse=True)
 def sealed_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No network, and no program is started, as an installer would be: who tries is told, even if it hides the error."""
+    """No network, and no program (an installer, say) is started. Who tries is told, even if it hides the error."""
     import_module("transformer_lens.model_bridge")
     tried: list[object] = []
 
