@@ -1,23 +1,28 @@
-"""L2 logistic regression, many problems over one X: folds, targets and class balance are rows of labels and weights.
+"""L2 logistic regression, many problems over one X: folds, targets, strengths and class balance are labels and weights.
 
-Objective of a problem (scikit-learn's): C * sum_i s_i log(1 + exp(-y_i (w.z_i + b))) + |w|^2 / 2, with y in {-1, 1},
-the intercept free, z standardised by the rows whose weight s_i is above zero. Every fit carries a duality gap, a
-rigorous bound on its distance from the optimum. No probe, layer or fold is known here.
+Objective of a problem (scikit-learn's): C * sum_i s_i loss(f_i, y_i) + |w|^2 / 2, f = w . z + b, with the logistic loss
+of two classes or the softmax loss of several, the intercept free, z standardised by the rows whose weight s_i is above
+zero. Every fit carries a duality gap computed in float64 on the raw features, a rigorous bound on its distance from the
+optimum: a fit that is off by more than was asked for is taken up again in float64, and is never returned.
 """
 
 from dataclasses import dataclass
 
 import torch
 from einops import einsum, reduce
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
-MAX_STEPS = 100
-MAX_NARROW_STEPS = 25  # with the Hessian in float32
-MAX_HALVINGS = 40
-STOP = 1e-8  # Newton takes its last step when the decrement promises less than this share of the objective
-GOOD = 1e-9  # a certified gap above this is tried again with the Hessian in float64
-CHUNK = 1 << 19  # standardised features held at once, in float64 numbers: a chunk should stay in the cache
+from gapprobe.kernels.descent import descend
+from gapprobe.kernels.losses import Binary, Multinomial, Point
+from gapprobe.kernels.preconditioner import Subspace
+from gapprobe.kernels.standardised import Standardised
+
+STEPS = 500  # in float32; real problems take 5 to 150
+MORE_STEPS = 5000  # in float64, where float32 did not reach the tolerance
+ROOM = 1 << 26  # numbers held for problems fitted side by side
+ROUNDS = 3  # of them, each aiming ten times lower
+MARGIN = 0.8  # of the tolerance, aimed at before the certificate is drawn up
 
 
 class NotConvergedError(ArithmeticError):
@@ -28,253 +33,228 @@ class NotConvergedError(ArithmeticError):
 class LogisticFits:
     """Fitted problems, in raw coordinates: the standardisation is folded into `coef` and `intercept`.
 
+    Two classes have one row of log-odds (no axis `c`), several have one for each class.
+
     Attributes:
         coef: weight of each raw feature.
         intercept: free term.
         objective: value reached, of the objective in the module's docstring.
         gap: upper bound of (objective - optimum) / objective, from the dual.
-        steps: Newton steps taken.
+        steps: times that the gradient was computed.
     """
 
-    coef: Float64[Tensor, "p d"]
-    intercept: Float64[Tensor, " p"]
+    coef: Float64[Tensor, "p *c d"]
+    intercept: Float64[Tensor, "p *c"]
     objective: Float64[Tensor, " p"]
     gap: Float64[Tensor, " p"]
     steps: Int64[Tensor, " p"]
 
-    def logits(self, x: Float[Tensor, "n d"]) -> Float64[Tensor, "p n"]:
-        """Return the log-odds of every row under every problem."""
-        return einsum(self.coef, x.double(), "p d, n d -> p n") + self.intercept[:, None]
+    def logits(self, x: Float[Tensor, "n d"]) -> Float64[Tensor, "p *c n"]:
+        """Return the log-odds (several classes: the logits) of every row under every problem."""
+        return einsum(self.coef, x.double(), "p ... d, n d -> p ... n") + self.intercept[..., None]
 
 
 def reference(
-    x: Float[Tensor, "n d"], y: Bool[Tensor, " n"], weights: Float[Tensor, " n"], c: float = 1.0
-) -> tuple[Float64[Tensor, " d"], Float64[Tensor, ""]]:
-    """Fit one problem by damped Newton in float64, written for reading; return raw coefficients and intercept."""
+    x: Float[Tensor, "n d"], y: Int[Tensor, " n"] | Bool[Tensor, " n"], weights: Float[Tensor, " n"], c: float = 1.0
+) -> tuple[Float64[Tensor, "c d"], Float64[Tensor, " c"]]:
+    """Fit one problem by damped Newton in float64, written for reading; return raw coefficients and intercepts.
+
+    Labels that are Bool give one row of log-odds, integers one row a class.
+    """
     used = weights > 0
-    x, s, sign = x[used].double(), c * weights[used].double(), 2.0 * y[used].double() - 1.0
+    x, s, y = x[used].double(), c * weights[used].double(), y[used]
     mean, deviation = x.mean(0), x.std(0, correction=0)
     scale = torch.where(deviation > 1e-12 * mean.abs(), deviation, 1.0)
     z = torch.cat([(x - mean) / scale, torch.ones_like(s)[:, None]], dim=1)
-    penalty = torch.ones(z.shape[1], dtype=torch.float64, device=x.device)
-    penalty[-1] = 0.0
+    classes = 1 if y.dtype == torch.bool else int(y.max()) + 1
+    hot = torch.stack([~y, y]) if classes == 1 else y == torch.arange(classes)[:, None]
+    d = z.shape[1]
+    penalty = torch.ones(classes, d, dtype=torch.float64)
+    penalty[:, -1] = 0.0
+
+    def log_shares(w: Tensor) -> Tensor:
+        logits = w @ z.T
+        return torch.log_softmax(torch.cat([torch.zeros_like(logits), logits]) if classes == 1 else logits, 0)
 
     def objective(w: Tensor) -> Tensor:
-        return (s * torch.nn.functional.softplus(-sign * (z @ w), threshold=700)).sum() + (penalty * w * w).sum() / 2
+        return -(s * log_shares(w))[hot].sum() + (penalty * w * w).sum() / 2
 
     w = torch.zeros_like(penalty)
-    for _ in range(MAX_STEPS):
-        p = torch.sigmoid(-sign * (z @ w))
-        gradient = penalty * w - z.T @ (s * sign * p)
-        hessian = torch.diag(penalty) + z.T @ ((s * p * (1 - p))[:, None] * z)
-        step = torch.linalg.solve(hessian, gradient)
-        size = 1.0
+    for _ in range(100):
+        q = log_shares(w).exp()
+        gradient = (penalty * w - (s * (hot.double() - q))[-classes:] @ z).flatten()
+        curvature = s * (torch.eye(len(q))[..., None] * q[:, None] - q[:, None] * q[None])  # of each row's logits
+        hessian = einsum(curvature[-classes:, -classes:], z, z, "a b n, n d, n e -> a d b e").reshape(classes * d, -1)
+        # Shifting all intercepts of a softmax changes nothing: the least-norm step is as good as any.
+        step = torch.linalg.lstsq(hessian + torch.diag(penalty.flatten()), gradient, driver="gelsd").solution
+        size, step = 1.0, step.view(classes, d)
         while size > 1e-10 and objective(w - size * step) > objective(w):
             size /= 2
         w = w - size * step
-        if gradient @ step < STOP * objective(w):
+        if gradient @ step.flatten() < 1e-16 * objective(w):
             break
-    coef = w[:-1] / scale
-    return coef, w[-1] - coef @ mean
+    coef = w[:, :-1] / scale
+    return coef, w[:, -1] - coef @ mean
 
 
-def balanced(y: Bool[Tensor, "p n"], mask: Bool[Tensor, "p n"]) -> Float64[Tensor, "p n"]:
-    """Return weights that give both classes of a problem's rows the same total: n / (2 n_class), 0 outside `mask`."""
-    positive, negative = (y & mask).double(), (~y & mask).double()
-    total = reduce(mask.double(), "p n -> p 1", "sum")
-    counts = [reduce(part, "p n -> p 1", "sum").clamp(min=1.0) for part in (positive, negative)]
-    return total / 2 * (positive / counts[0] + negative / counts[1])
+def balanced(y: Bool[Tensor, "p n"] | Int[Tensor, "p n"], mask: Bool[Tensor, "p n"]) -> Float64[Tensor, "p n"]:
+    """Return weights that give each class of a problem's rows the same total: n / (c n_class), 0 outside `mask`."""
+    classes = torch.arange(2 if y.dtype == torch.bool or not y.numel() else int(y.max()) + 1)
+    hot = (y[:, None].long() == classes[:, None]) & mask[:, None]
+    counts = reduce(hot.double(), "p c n -> p c", "sum")
+    shares = reduce(mask.double(), "p n -> p 1", "sum") / ((counts > 0).sum(1, keepdim=True) * counts.clamp(min=1.0))
+    return einsum(hot.double(), shares, "p c n, p c -> p n")
 
 
 def fit(
     x: Float[Tensor, "n d"],
-    y: Bool[Tensor, "p n"],
+    y: Bool[Tensor, "p n"] | Int[Tensor, "p n"],
     weights: Float[Tensor, "p n"],
-    c: float = 1.0,
+    c: float | Float[Tensor, " p"] = 1.0,
     tolerance: float = 1e-6,
 ) -> LogisticFits:
-    """Fit every problem to its optimum by Newton's method in float64 and certify it.
+    """Fit every problem to its optimum and certify it.
 
-    Where a problem has fewer rows than features its rows are first written in an orthogonal basis of their own span:
-    the L2 penalty does not see the rotation, and the optimum lies in the span.
+    float32 products on one standardised copy of X find the optimum; float64 on the raw features says how near it is.
 
     Args:
         x: raw features, shared by all problems.
-        y: labels of each problem.
+        y: labels of each problem: Bool for two classes, integers from 0 for several.
         weights: sample weights of each problem; 0 leaves a row out of the fit and of the standardisation.
-        c: inverse strength of the penalty.
+        c: inverse strength of the penalty, one for all or one a problem.
         tolerance: largest relative gap to the optimum that is accepted.
 
     Raises:
-        ValueError: non-finite features, negative weights, c not above zero, or a problem with one class only.
+        ValueError: non-finite features, negative weights, c not above zero, or a problem that lacks a class.
         NotConvergedError: a problem whose certified gap exceeds `tolerance`.
     """
-    _check(x, y, weights, c)
-    x = x.double()
-    width = int((weights > 0).sum(1).max()) if len(weights) else 0
-    per_chunk = max(1, CHUNK // max(1, width * x.shape[1]))
+    p, (n, d) = len(weights), x.shape
+    strengths = torch.as_tensor(c, dtype=torch.float64, device=x.device).expand(p)
+    _check(x, y, weights, strengths)
+    classes = 1 if y.dtype == torch.bool else int(y.max()) + 1 if y.numel() else 2
+    if not p:
+        shape = (0,) if classes == 1 else (0, classes)
+        none = x.new_zeros(0, dtype=torch.float64)
+        return LogisticFits(none.new_zeros(*shape, d), none.new_zeros(shape), none, none, none.long())
+    anywhere = (weights > 0).any(0)
+    if not bool(anywhere.all()):  # a row that no problem uses must not reach the shared standardisation
+        x, y, weights = x[anywhere], y[:, anywhere], weights[:, anywhere]
+    features = Standardised(x, weights > 0)
+    scaled = weights.double() * strengths[:, None]
+    side_by_side = max(1, ROOM // (classes * (8 * n + 16 * d)))
+    space = Subspace.of(features, min(p, side_by_side) * classes)
     parts = [
-        _fit_chunk(x, y[start : start + per_chunk], c * weights[start : start + per_chunk].double(), width)
-        for start in range(0, len(weights), per_chunk)
+        _fit(features, space, y[part], scaled[part], part, classes, tolerance)
+        for part in torch.arange(p, device=x.device).split(side_by_side)
     ]
-    if not parts:
-        none = x.new_zeros(0)
-        return LogisticFits(x.new_zeros(0, x.shape[1]), none, none, none, none.long())
     coef, intercept, objective, gap, steps = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     worst = int(gap.nan_to_num(torch.inf).argmax())
     if not float(gap[worst]) <= tolerance:
         raise NotConvergedError(
             f"problem {worst} ended {float(gap[worst]):.1e} of its objective off the optimum, not {tolerance:.1e}: "
-            f"the features may be too badly scaled, or c={c} too large; rescale them or lower c"
+            f"the features may be too badly scaled, or c={float(strengths[worst]):g} too large; rescale them or lower c"
         )
+    if classes == 1:
+        coef, intercept = coef[:, 0], intercept[:, 0]
     return LogisticFits(coef, intercept, objective, gap, steps)
 
 
-def _check(x: Tensor, y: Tensor, weights: Tensor, c: float) -> None:
-    if not c > 0:
-        raise ValueError(f"c must be above 0, got {c}")
+def _fit(
+    features: Standardised,
+    space: Subspace,
+    y: Tensor,
+    weights: Float64[Tensor, "p n"],
+    problems: Int64[Tensor, " p"],
+    classes: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Descend in float32, certify; descend further in float64 where that did not do."""
+
+    def loss(dtype: torch.dtype, some: Tensor | slice = slice(None)) -> Binary | Multinomial:
+        if classes == 1:
+            return Binary.of(y[some], weights[some], dtype)
+        return Multinomial.of(y[some], classes, weights[some], dtype)
+
+    narrow, exact = loss(torch.float32), loss(torch.float64)
+    w = features.x.new_zeros(len(y), classes, features.x.shape[1] + 1, dtype=torch.float32)
+    w[..., -1] = narrow.start()
+    goal = MARGIN * tolerance
+    w, steps = descend(features, narrow, w, space, problems=problems, goal=goal, most=STEPS)
+    w = w.double()
+    w, objective, gap = certify(features, exact, w, problems)
+    for _ in range(ROUNDS):
+        poor = torch.nonzero(~(gap <= tolerance))[:, 0]
+        if not len(poor):
+            break
+        again = loss(torch.float64, poor)
+        better, more = descend(
+            features, again, w[poor], space.to(torch.float64), problems=problems[poor], goal=goal, most=MORE_STEPS
+        )
+        w[poor], objective[poor], gap[poor] = certify(features, again, better, problems[poor])
+        steps[poor] += more
+        goal /= 10
+    coef, intercept = features.view(problems, torch.float64).in_raw(w)
+    return coef, intercept, objective, gap, steps
+
+
+def certify(
+    features: Standardised, loss: Binary | Multinomial, weights: Float64[Tensor, "p c e"], problems: Int64[Tensor, " p"]
+) -> tuple[Float64[Tensor, "p c e"], Float64[Tensor, " p"], Float64[Tensor, " p"]]:
+    """Return the weights with the intercept put right, the objective and the relative duality gap.
+
+    With shares q of the classes at f, the dual point a_i = s_i (1[y_i] - q_i) is feasible where the intercept is
+    optimal (sum_i a_i = 0), and objective minus dual is then exactly |w - sum_i a_i z_i|^2 / 2, by Fenchel and Young.
+    The intercept is made optimal here, up to rounding; what is left of its gradient is added to the gap.
+    """
+    view = features.view(problems, torch.float64)
+    turned = loss.turned(view.logits(weights))
+    weights = weights.clone()
+    for _ in range(60):
+        point = loss.at(turned)
+        residual = loss.turned(point.residual.clone())
+        open_end = residual.sum(-1)
+        if bool((open_end.abs() <= 1e-14 * residual.abs().sum(-1)).all()):
+            break
+        shift = _intercept_step(loss, point, open_end).clamp(-1.0, 1.0)
+        weights[..., -1] += shift
+        turned = loss.turned(loss.turned(turned) + shift[..., None])
+    else:
+        point = loss.at(turned)
+        residual = loss.turned(point.residual.clone())
+    gradient = weights - view.pull(residual)
+    square = (weights[..., :-1] ** 2).sum((1, 2))
+    objective = loss.value(turned) + square / 2
+    used = turned.abs().where(loss.weight > 0, 0.0)
+    unbalanced = (residual.sum(-1).abs() * (1.0 + used.amax(-1))).sum(1)
+    return weights, objective, ((gradient[..., :-1] ** 2).sum((1, 2)) / 2 + unbalanced) / objective
+
+
+def _intercept_step(
+    loss: Binary | Multinomial, point: Point, open_end: Float64[Tensor, "p c"]
+) -> Float64[Tensor, "p c"]:
+    """Newton's step on the intercepts alone."""
+    if isinstance(loss, Binary):
+        return open_end / loss.curvature(point).sum(-1).clamp(min=1e-100)
+    weighted = loss.weight * point.share
+    hessian = torch.diag_embed(weighted.sum(-1)) - einsum(weighted, point.share, "p a n, p b n -> p a b")
+    # A shift of all intercepts changes nothing; a constant block keeps it at 0.
+    hessian = hessian + hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    return torch.linalg.solve(hessian, open_end)
+
+
+def _check(x: Tensor, y: Tensor, weights: Tensor, c: Float64[Tensor, " p"]) -> None:
+    if not bool((c > 0).all()):
+        raise ValueError(f"c must be above 0, got {float(c.min())}")
     if y.shape != weights.shape or y.shape[1] != x.shape[0]:
         raise ValueError(f"labels {tuple(y.shape)} and weights {tuple(weights.shape)} must be [p, {x.shape[0]}]")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"row {int(torch.nonzero(~torch.isfinite(x))[0, 0])} of x holds NaN or infinity")
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ValueError("weights must be finite and not negative")
-    for label, rows in ((True, y & (weights > 0)), (False, ~y & (weights > 0))):
-        missing = torch.nonzero(~rows.any(1))
+    if y.dtype != torch.bool and y.numel() and int(y.min()) < 0:
+        raise ValueError(f"classes are numbered from 0, got {int(y.min())}")
+    used = weights > 0
+    for label in (True, False) if y.dtype == torch.bool else range(int(y.max()) + 1 if y.numel() else 0):
+        missing = torch.nonzero(~((y == label) & used).any(1))
         if len(missing):
-            raise ValueError(f"problem {int(missing[0])} has no row of class {label}; a fit needs both classes")
-
-
-def _fit_chunk(
-    x: Float64[Tensor, "n d"], y: Bool[Tensor, "p n"], s: Float64[Tensor, "p n"], width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gather each problem's rows (m of them, padded with rows of weight 0), standardise, solve, certify, fold back."""
-    rows = torch.argsort((s == 0).to(torch.uint8), dim=1, stable=True)[:, :width]
-    s, sign = s.gather(1, rows), 2.0 * y.gather(1, rows).double() - 1.0
-    z = x[rows]
-    mean, scale = _standardise(z, (s > 0).double())
-    w, b, objective, gap, steps = _solve(z, sign, s, torch.float32, MAX_NARROW_STEPS)
-    poor = ~(gap <= GOOD)
-    if bool(poor.any()):
-        again = _solve(z[poor], sign[poor], s[poor], torch.float64, MAX_STEPS)
-        for kept, better in zip((w, b, objective, gap, steps), again, strict=True):
-            kept[poor] = better
-    coef = w / scale
-    return coef, b - (coef * mean).sum(1), objective, gap, steps
-
-
-def _solve(
-    z: Float64[Tensor, "p m d"],
-    sign: Float64[Tensor, "p m"],
-    s: Float64[Tensor, "p m"],
-    curvature: torch.dtype,
-    most: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Newton in an orthogonal basis of the rows where they are fewer than the features, then the certificate."""
-    if z.shape[2] > z.shape[1]:
-        basis, triangle = torch.linalg.qr(z.mT)
-        reduced, b, steps = _newton(triangle.mT, sign, s, curvature, most)
-        w = einsum(basis, reduced, "p d k, p k -> p d")
-    else:
-        w, b, steps = _newton(z, sign, s, curvature, most)
-    return w, b, *_certificate(z, sign, s, w, b), steps
-
-
-def _standardise(
-    z: Float64[Tensor, "p m d"], used: Float64[Tensor, "p m"]
-) -> tuple[Float64[Tensor, "p d"], Float64[Tensor, "p d"]]:
-    """Standardise in place by the used rows; return what was taken off and divided by.
-
-    A deviation that is only rounding is replaced by 1: a constant feature stays constant and gets no weight.
-    """
-    count = used.sum(1)[:, None]
-    mean = einsum(used, z, "p m, p m d -> p d") / count
-    z -= mean[:, None]
-    variance = einsum(used, z * z, "p m, p m d -> p d") / count
-    # scikit-learn's bound on the rounding of a variance (StandardScaler): at or below it the feature is constant.
-    eps = torch.finfo(torch.float64).eps
-    constant = variance <= count * eps * variance + (count * mean * eps) ** 2
-    scale = torch.where(constant, 1.0, variance.sqrt())
-    z /= scale[:, None]
-    return mean, scale
-
-
-def _newton(
-    z: Float64[Tensor, "p m k"],
-    sign: Float64[Tensor, "p m"],
-    s: Float64[Tensor, "p m"],
-    curvature: torch.dtype,
-    most: int,
-) -> tuple[Float64[Tensor, "p k"], Float64[Tensor, " p"], Int64[Tensor, " p"]]:
-    """Damped Newton over all problems at once, each with its own Hessian and step length.
-
-    Gradient, objective and line search are float64. The Hessian is a matrix product in `curvature`: its error costs
-    convergence speed only, never the optimum.
-    """
-    p, _, k = z.shape
-    z = torch.cat([z, torch.ones_like(s)[..., None]], dim=2)
-    penalty = z.new_ones(k + 1)
-    penalty[-1] = 0.0
-    # Keeps the factorisation alive where a separable problem leaves no curvature in the intercept.
-    floor = torch.diag_embed(penalty + (1.0 - penalty) * 1e-12)
-    narrow = z.to(curvature)
-    w = z.new_zeros(p, k + 1)
-    f = torch.zeros_like(s)
-    value = _objective(f, w * penalty, sign, s)
-    steps = torch.zeros(p, dtype=torch.int64, device=z.device)
-    done = torch.zeros_like(value, dtype=torch.bool)
-    for _ in range(most):
-        wrong = torch.sigmoid(-sign * f)
-        gradient = penalty * w - einsum(z, s * sign * wrong, "p m k, p m -> p k")
-        scaled = narrow * (s * wrong * (1.0 - wrong)).sqrt().to(curvature)[..., None]
-        factor, failed = torch.linalg.cholesky_ex(floor.to(curvature) + scaled.mT @ scaled)
-        if bool(failed.any()):
-            break
-        step = -torch.cholesky_solve(gradient[..., None].to(curvature), factor)[..., 0].double()
-        slope = (gradient * step).sum(1)
-        df = einsum(z, step, "p m k, p k -> p m")
-        size = torch.where(done, 0.0, 1.0)  # a problem that is done no longer moves, whatever the others need
-        for _ in range(MAX_HALVINGS):
-            reached = _objective(f + size[:, None] * df, (w + size[:, None] * step) * penalty, sign, s)
-            short = reached > value + 1e-4 * size * slope + 1e-15 * value
-            if not bool(short.any()):
-                break
-            size = torch.where(short, size / 2, size)
-        w, f = w + size[:, None] * step, f + size[:, None] * df
-        value = _objective(f, w * penalty, sign, s)
-        steps += ~done
-        done |= -slope <= STOP * value  # known only now, after the step: Newton squares what is left
-        if bool(done.all()):
-            break
-    return w[:, :-1], w[:, -1], steps
-
-
-def _objective(f: Tensor, w: Tensor, sign: Tensor, s: Tensor) -> Float64[Tensor, " p"]:
-    return -(s * torch.nn.functional.logsigmoid(sign * f)).sum(1) + (w * w).sum(1) / 2
-
-
-def _certificate(
-    z: Float64[Tensor, "p m d"],
-    sign: Float64[Tensor, "p m"],
-    s: Float64[Tensor, "p m"],
-    w: Float64[Tensor, "p d"],
-    b: Float64[Tensor, " p"],
-) -> tuple[Float64[Tensor, " p"], Float64[Tensor, " p"]]:
-    """Return the objective and the relative duality gap.
-
-    The dual of the objective is -|sum_i a_i y_i z_i|^2 / 2 - sum_i s_i [q log q + (1-q) log(1-q)] with q = a_i / s_i in
-    [0, 1] and sum_i a_i y_i = 0. The point a_i = s_i sigmoid(-y_i f_i) meets the last condition only up to the
-    intercept's gradient, so the heavier class is scaled down to meet it exactly: any feasible point bounds the optimum.
-    """
-    f = einsum(z, w, "p m d, p d -> p m") + b[:, None]
-    primal = _objective(f, w, sign, s)
-    q = torch.sigmoid(-sign * f)
-    positive = (s * q * (sign > 0)).sum(1)
-    negative = (s * q * (sign < 0)).sum(1)
-    lighter = torch.minimum(positive, negative)
-    shrink = torch.where(sign > 0, (lighter / positive)[:, None], (lighter / negative)[:, None])
-    q = q * shrink
-    entropy = -(s * (torch.xlogy(q, q) + torch.xlogy(1.0 - q, 1.0 - q))).sum(1)
-    pull = einsum(z, s * q * sign, "p m d, p m -> p d")
-    dual = entropy - (pull * pull).sum(1) / 2
-    return primal, (primal - dual).clamp(min=0.0) / primal
+            raise ValueError(f"problem {int(missing[0])} has no row of class {label}; a fit needs every class")

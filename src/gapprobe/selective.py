@@ -95,7 +95,8 @@ def selective_scores(
     labels = torch.from_numpy(np.repeat(correct[None], len(masks), axis=0))
     mask = torch.from_numpy(masks)
     x = torch.from_numpy(mean_log_prob.astype(np.float64))[:, None]
-    fits = logistic.fit(x, labels, logistic.balanced(labels, mask) if balanced else mask.double())
+    weights = logistic.balanced(labels, mask) if balanced else mask.double()
+    fits = logistic.fit(x, labels, weights, tolerance=1e-12)
     probabilities = torch.sigmoid(fits.logits(x)).numpy()
     perplexity = probabilities[np.unique(folds, return_inverse=True)[1], np.arange(len(folds))]
     return {"perplexity": perplexity, "probe": probe, "ensemble": (perplexity + probe) / 2}

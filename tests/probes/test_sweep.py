@@ -38,7 +38,8 @@ def test_out_of_fold_scores_are_scikit_learns(image_decides):
             )
             probe.fit(x[layer].double()[folds != fold].numpy(), rows.target[folds != fold])
             expected = probe.decision_function(x[layer].double()[folds == fold].numpy())
-            np.testing.assert_allclose(sweep.scores["image"][layer][folds == fold], expected, rtol=1e-4, atol=1e-5)
+            # A gap of 1e-6 of the objective leaves the log-odds this much room.
+            np.testing.assert_allclose(sweep.scores["image"][layer][folds == fold], expected, rtol=0, atol=2e-3)
 
 
 def test_the_table_has_every_figure_with_its_interval(image_decides):

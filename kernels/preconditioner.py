@@ -1,0 +1,158 @@
+"""Approximate inverse Hessians for many linear problems over one X, exact in a shared subspace of the features.
+
+Outside the subspace a Hessian is taken to be a multiple of 1. Inside it is either curvature * correlations + 1, the
+same for all problems but for one number (`Shared`), or the problem's own, with its own curvature at every row (`Own`):
+real activations are nearly separable, curvature then differs a thousandfold between rows, and only the latter helps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gapprobe.kernels.standardised import Standardised, View
+
+RANK = 192  # largest subspace
+SAMPLE = 4096  # rows from which Hessians are taken
+NEGLIGIBLE = 0.3  # a row adds at most this to a curvature that the penalty makes at least 1: left out
+SPAN = 1e5  # largest ratio of eigenvalues inside and outside: float32 cannot take a projection off better than that
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Leading eigenvectors of the features' correlations, from at most `SAMPLE` rows.
+
+    Attributes:
+        basis: orthonormal.
+        values: eigenvalues.
+        tail: mean of the eigenvalues left over.
+        stride: of the rows that were taken.
+        seen: those rows in the basis, and a last column of ones.
+    """
+
+    basis: Float[Tensor, "d k"]
+    values: Float[Tensor, " k"]
+    tail: float
+    stride: int
+    seen: Float[Tensor, "m f"]
+
+    @classmethod
+    def of(cls, features: Standardised, problems: int) -> Subspace:
+        """Draw it at random (Halko, Martinsson & Tropp 2011, algorithm 4.4); only the speed of fits depends on it.
+
+        A larger subspace saves steps, which are worth more the more a step costs.
+        """
+        stride = math.ceil(len(features.x) / SAMPLE)
+        z = features.shared[::stride, :-1]
+        n, d = z.shape
+        rank = min(RANK, max(32, math.isqrt(len(features.x) * problems)), n, d)
+        draw = torch.Generator().manual_seed(0)
+        probe = torch.randn(min(rank + 8, n, d), n, generator=draw).to(z)
+        basis = torch.linalg.qr((probe @ z).T)[0]
+        basis = torch.linalg.qr(((z @ basis).T @ z).T)[0]
+        seen = z @ basis
+        values, turn = torch.linalg.eigh(seen.T @ seen / n)
+        values, turn = values[-rank:].clamp(min=0.0), turn[:, -rank:]
+        rest = float((torch.linalg.vector_norm(z) ** 2 / n - values.sum()).clamp(min=0.0))
+        ones = torch.ones_like(seen[:, :1])
+        return cls(basis @ turn, values, rest / max(1, min(n, d) - rank), stride, torch.cat([seen @ turn, ones], 1))
+
+    def to(self, dtype: torch.dtype) -> Subspace:
+        """Return the same in another precision."""
+        return Subspace(self.basis.to(dtype), self.values.to(dtype), self.tail, self.stride, self.seen.to(dtype))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """V (h S + 1)^-1 V' + (1 - V V') / (h tail + 1), h the sum of a problem's curvatures."""
+
+    space: Subspace
+    inside: Float[Tensor, "q k"]
+    outside: Float[Tensor, "q 1"]
+    intercept: Float[Tensor, " q"]
+
+    @classmethod
+    def of(cls, space: Subspace, curvature: Float[Tensor, "q n"]) -> Shared:
+        """Take the curvature of every row of every problem (each class of a problem counts as one here)."""
+        h = curvature.sum(1, keepdim=True)
+        outside = h * space.tail + 1.0
+        inside = 1.0 / torch.minimum(h * space.values + 1.0, SPAN * outside) - 1.0 / outside
+        return cls(space, inside, outside, h[:, 0])
+
+    def apply(self, gradient: Float[Tensor, "q e"]) -> Float[Tensor, "q e"]:
+        """Return the preconditioned gradient; the last entry is the intercept's."""
+        out = torch.empty_like(gradient)
+        torch.div(gradient[:, :-1], self.outside, out=out[:, :-1])
+        out[:, :-1].addmm_((gradient[:, :-1] @ self.space.basis).mul_(self.inside), self.space.basis.T)
+        torch.div(gradient[:, -1], self.intercept, out=out[:, -1])
+        return out
+
+    def keep(self, some: Bool[Tensor, " q"]) -> Shared:
+        """Return the part of some problems."""
+        return Shared(self.space, self.inside[some], self.outside[some], self.intercept[some])
+
+
+@dataclass(frozen=True)
+class Own:
+    """V (V' H V)^-1 V' + (1 - V V') / (h tail + 1), H the problem's own Hessian.
+
+    Held in the coordinates that all problems share: z = T x there, so H^-1 = T^-T (...)^-1 T^-1, and the penalty is 1
+    in both but for the few per cent by which a fold's deviations differ from those of all rows.
+    """
+
+    space: Subspace
+    inverse: Float[Tensor, "q f f"]
+    outside: Float[Tensor, "q 1"]
+    mean: Float[Tensor, "q d"]
+    scaling: Float[Tensor, "q d"]
+
+    @classmethod
+    def of(cls, space: Subspace, view: View, curvature: Float[Tensor, "q n"]) -> Own:
+        """Form each problem's Hessian in the subspace from the rows whose curvature counts, and invert it."""
+        q, f = len(curvature), space.seen.shape[1]
+        sampled = curvature[:, :: space.stride] * space.stride
+        inverse = curvature.new_empty(q, f, f)
+        half = f // 2
+        for own, weights in zip(inverse, sampled, strict=True):
+            rows = torch.nonzero(weights > NEGLIGIBLE / view.mean.shape[-1])[:, 0]
+            seen = space.seen[rows].mul_(weights[rows].sqrt()[:, None])
+            left, right = seen[:, :half], seen[:, half:]  # the lower triangle alone: three products of four
+            torch.mm(left.T, left, out=own[:half, :half])
+            torch.mm(right.T, left, out=own[half:, :half])
+            torch.mm(right.T, right, out=own[half:, half:])
+        diagonal = inverse.diagonal(dim1=1, dim2=2)
+        diagonal[:, :-1] += 1.0
+        largest = diagonal.amax(1, keepdim=True)
+        diagonal += 1e-6 * largest
+        # Scaled to a diagonal of ones: massive dimensions must not eat the digits of the others.
+        scale = diagonal.rsqrt()
+        inverse.mul_(scale[:, :, None]).mul_(scale[:, None])
+        factor, _ = torch.linalg.cholesky_ex(inverse)
+        torch.cholesky_inverse(factor, out=inverse)
+        inverse.mul_(scale[:, :, None]).mul_(scale[:, None])
+        outside = torch.maximum(curvature.sum(1, keepdim=True) * space.tail + 1.0, largest / SPAN)
+        classes = q // len(view.mean)
+        mean, scaling = (part[:, 0].repeat_interleave(classes, 0) for part in (view.mean, view.scaling))
+        return cls(space, inverse, outside, mean, scaling)
+
+    def apply(self, gradient: Float[Tensor, "q e"]) -> Float[Tensor, "q e"]:
+        """Return the preconditioned gradient; the last entry is the intercept's."""
+        turned = gradient[:, :-1] / self.scaling
+        turned.addcmul_(self.mean, gradient[:, -1:])
+        seen = torch.cat([turned @ self.space.basis, gradient[:, -1:]], 1)
+        solved = torch.bmm(seen[:, None], self.inverse)[:, 0]
+        turned /= self.outside
+        turned.addmm_(solved[:, :-1] - seen[:, :-1] / self.outside, self.space.basis.T)
+        out = torch.empty_like(gradient)
+        torch.div(turned, self.scaling, out=out[:, :-1])
+        out[:, -1] = solved[:, -1] + torch.linalg.vecdot(turned, self.mean)
+        return out
+
+    def keep(self, some: Bool[Tensor, " q"]) -> Own:
+        """Return the part of some problems."""
+        parts = (part[some] for part in (self.inverse, self.outside, self.mean, self.scaling))
+        return Own(self.space, *parts)

@@ -1,0 +1,137 @@
+"""Features that every problem standardises by its own rows, without a copy a problem.
+
+z = (x - mean) / deviation over the rows a problem uses. Folds, targets and strengths share one matrix in main memory:
+a problem's own standardisation is a scaling of its weights before the product and of its gradient after it. Products
+are float32 on a copy standardised by all rows, or float64 on the raw features themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor
+
+BLOCK = 1 << 18  # numbers of X handled at once in float64: they should stay in the cache
+ROWS = 2048  # rows a product takes at once: longer products run a third slower
+
+
+class Standardised:
+    """X [n d], and for each group of problems with the same rows the mean and the deviation of every feature.
+
+    Attributes:
+        x: raw features.
+        centre: mean of all rows.
+        spread: deviation of all rows, 1 where it is only rounding.
+        shared: the float32 copy, (x - centre) / spread, with a last column of ones for the intercept.
+        mean: of each group, less `centre`, over `spread`.
+        scale: deviation of each group over `spread`; 1 where it is only rounding, so a constant feature gets no weight.
+        group: of each problem.
+    """
+
+    def __init__(self, x: Float[Tensor, "n d"], used: Bool[Tensor, "p n"]) -> None:
+        """Take the moments in one pass and the copy in another."""
+        n, d = x.shape
+        rows, self.group = torch.unique(used, dim=0, return_inverse=True)
+        self.x = x
+        base, mean, deviation = _moments(x, torch.cat([rows, torch.ones_like(rows[:1])]))
+        self.centre, self.spread = base + mean[-1], deviation[-1]
+        self.mean, self.scale = (mean[:-1] - mean[-1]) / self.spread, deviation[:-1] / self.spread
+        self.shared = x.new_zeros(n, d + 16, dtype=torch.float32)[:, : d + 1]  # rows stay aligned
+        self.shared[:, d] = 1.0
+        for block in _blocks(n, d):
+            self.shared[block, :d] = (x[block].double() - self.centre) / self.spread
+
+    def view(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> View:
+        """Return the features as these problems see them."""
+        group = self.group[problems]
+        return View(self, self.mean[group].to(dtype)[:, None], (1.0 / self.scale[group]).to(dtype)[:, None])
+
+
+@dataclass(frozen=True)
+class View:
+    """Features as some problems see them; the last of a problem's weights is its intercept."""
+
+    of: Standardised
+    mean: Float[Tensor, "p 1 d"]
+    scaling: Float[Tensor, "p 1 d"]
+
+    def keep(self, problems: Bool[Tensor, " p"]) -> View:
+        """Return the view of some of the problems."""
+        return View(self.of, self.mean[problems], self.scaling[problems])
+
+    def logits(self, weights: Float[Tensor, "p c e"]) -> Float[Tensor, "p c n"]:
+        """Return z . w + b for every row; the intercept is the last weight (e = d + 1)."""
+        raw = torch.empty_like(weights)
+        torch.mul(weights[..., :-1], self.scaling, out=raw[..., :-1])
+        raw[..., -1] = weights[..., -1] - (raw[..., :-1] * self.mean).sum(-1)
+        flat = raw.flatten(0, 1)
+        n = len(self.of.x)
+        out = flat.new_empty(len(flat), n)
+        if flat.dtype == torch.float32:
+            for start in range(0, n, ROWS):
+                torch.mm(flat, self.of.shared[start : start + ROWS].T, out=out[:, start : start + ROWS])
+        else:
+            coef, free = flat[:, :-1] / self.of.spread, flat[:, -1:]
+            for block in _blocks(*self.of.x.shape):
+                out[:, block] = coef @ (self.of.x[block].double() - self.of.centre).T + free
+        return out.unflatten(0, weights.shape[:2])
+
+    def pull(self, residual: Float[Tensor, "p c n"]) -> Float[Tensor, "p c e"]:
+        """Return sum_i r_i (z_i, 1): the transpose of `logits`."""
+        flat = residual.flatten(0, 1)
+        n, d = self.of.x.shape
+        out = flat.new_zeros(len(flat), d + 1)
+        if flat.dtype == torch.float32:
+            for start in range(0, n, ROWS):
+                out.addmm_(flat[:, start : start + ROWS], self.of.shared[start : start + ROWS])
+        else:
+            for block in _blocks(n, d):
+                out[:, :-1] += flat[:, block] @ (self.of.x[block].double() - self.of.centre)
+            out[:, :-1] /= self.of.spread
+            out[:, -1] = flat.sum(1)
+        out = out.unflatten(0, residual.shape[:2])
+        out[..., :-1] -= out[..., -1:] * self.mean
+        out[..., :-1] *= self.scaling
+        return out
+
+    def in_raw(self, weights: Float64[Tensor, "p c e"]) -> tuple[Float64[Tensor, "p c d"], Float64[Tensor, "p c"]]:
+        """Return coefficients and intercept in raw coordinates: the standardisation folded in."""
+        coef = weights[..., :-1] * self.scaling
+        free = weights[..., -1] - (coef * self.mean).sum(-1)
+        coef = coef / self.of.spread
+        return coef, free - coef @ self.of.centre
+
+
+def _blocks(n: int, d: int) -> list[slice]:
+    step = max(1, BLOCK // d)
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
+def _moments(
+    x: Float[Tensor, "n d"], groups: Bool[Tensor, "g n"]
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "g d"], Float64[Tensor, "g d"]]:
+    """Return a base, each group's mean less the base, and its deviation; 1 for a deviation that is only rounding."""
+    n, d = x.shape
+    base = x[: 1 << 8].double().mean(0)
+    count = groups.sum(1, keepdim=True).double()
+    first, second = x.new_zeros(2, len(groups), d, dtype=torch.float64)
+    weights = groups.double()
+    for block in _blocks(n, d):
+        chunk = x[block].double() - base
+        first += weights[:, block] @ chunk
+        second += weights[:, block] @ chunk.mul_(chunk)
+    mean, square = first / count, second / count
+    variance = square - mean * mean
+    # Far from the base the difference of squares loses its digits: such features are taken about their own mean.
+    for own_mean, own_variance, own_square, rows in zip(mean, variance, square, groups, strict=True):
+        columns = torch.nonzero(own_variance <= 1e-6 * own_square)[:, 0]
+        if len(columns):
+            part = x[rows][:, columns].double() - base[columns]
+            own_mean[columns] = part.mean(0)
+            own_variance[columns] = (part - own_mean[columns]).square().mean(0)
+    eps = torch.finfo(torch.float64).eps
+    # scikit-learn's bound on the rounding of a variance (StandardScaler): at or below it the feature is constant.
+    bound = count * eps * variance + (count * (mean + base) * eps) ** 2
+    return base, mean, torch.where(variance <= bound, 1.0, variance.sqrt())
