@@ -1,0 +1,1 @@
+"""Kinds of probes, one a file, found by themselves."""
