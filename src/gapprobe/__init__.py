@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from gapprobe.models.bridge import to_transformer_lens as to_transformer_lens
     from gapprobe.models.check import check_model as check_model
     from gapprobe.models.loading import load_model as load_model
+    from gapprobe.probes.base import LinearFits as LinearFits
+    from gapprobe.probes.base import find_probe as find_probe
+    from gapprobe.probes.base import known_probes as known_probes
+    from gapprobe.probes.directions import load_direction as load_direction
+    from gapprobe.probes.directions import probe_direction as probe_direction
     from gapprobe.probes.sweep import sweep_probes as sweep_probes
     from gapprobe.report.page import write_report as write_report
     from gapprobe.selective import risk_coverage as risk_coverage
@@ -68,6 +73,11 @@ _HOMES = {
     "mentions": "gapprobe.tasks.examples",
     "TokenTable": "gapprobe.tracing.tokens",
     "sweep_probes": "gapprobe.probes.sweep",
+    "find_probe": "gapprobe.probes.base",
+    "known_probes": "gapprobe.probes.base",
+    "LinearFits": "gapprobe.probes.base",
+    "probe_direction": "gapprobe.probes.directions",
+    "load_direction": "gapprobe.probes.directions",
     "write_report": "gapprobe.report.page",
     "risk_coverage": "gapprobe.selective",
     "cosine": "gapprobe.similarity",

@@ -28,7 +28,7 @@ def planted(seed, *, question=0.0, image=0.0, seen=True, entities=8, relations=8
     asks = np.char.add(np.char.add(names[1], "/"), names[0])
     rows = Rows(
         ids=tuple(f"row-{i}" for i in range(len(cells))),
-        target=target,
+        targets={"target": target},
         relation=names[1],
         entity=names[0],
         question=asks,

@@ -10,16 +10,16 @@ from tests.probes.planted import planted
 
 
 def area_of_question_only(rows, split, seed=0):
-    cut = nested_folds(rows.splits[split], rows.target, folds=5, seed=seed, name=split)
-    scores = question_scores(rows.relation, rows.entity, rows.target, cut)
-    return stats.auc(scores, rows.target, cut.outer)
+    cut = nested_folds(rows.splits[split], rows.targets["target"], folds=5, seed=seed, name=split)
+    scores = question_scores(rows.relation, rows.entity, rows.targets["target"], cut)
+    return stats.auc(scores, rows.targets["target"], cut.outer)
 
 
 def test_it_finds_what_the_question_decides():
     rows, _ = planted(0, question=3.0, images=20)
     cells = np.unique(rows.question, return_inverse=True)[1]
-    truth = (np.bincount(cells, rows.target) / np.bincount(cells))[cells]
-    best = stats.auc(truth, rows.target)  # in-sample rates: an upper bound
+    truth = (np.bincount(cells, rows.targets["target"]) / np.bincount(cells))[cells]
+    best = stats.auc(truth, rows.targets["target"])  # in-sample rates: an upper bound
     assert best - 0.05 < area_of_question_only(rows, "image") <= best
 
 
@@ -46,10 +46,10 @@ def test_where_nothing_is_to_be_known_it_is_at_chance(split):
 
 def test_a_rows_own_label_never_reaches_its_score():
     rows, _ = planted(3, question=1.0, entities=5, relations=4, images=5)
-    cut = nested_folds(rows.image, rows.target, folds=5, seed=0, name="image")
-    before = question_scores(rows.relation, rows.entity, rows.target, cut)
+    cut = nested_folds(rows.image, rows.targets["target"], folds=5, seed=0, name="image")
+    before = question_scores(rows.relation, rows.entity, rows.targets["target"], cut)
     fold = cut.outer == 2
-    after = question_scores(rows.relation, rows.entity, rows.target ^ fold, cut)
+    after = question_scores(rows.relation, rows.entity, rows.targets["target"] ^ fold, cut)
     np.testing.assert_array_equal(before[fold], after[fold])
     assert (before[~fold] != after[~fold]).any()
 

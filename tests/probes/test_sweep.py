@@ -11,15 +11,22 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from gapprobe import stats
-from gapprobe.errors import DataError
+from gapprobe.errors import ConfigError, DataError
 from gapprobe.kernels import logistic
-from gapprobe.probes.plan import Problems, choose_layers
-from gapprobe.probes.sweep import sweep_layers, sweep_probes
+from gapprobe.probes.base import find_probe
+from gapprobe.probes.kept import Kept
+from gapprobe.probes.plan import Problems, choose
+from gapprobe.probes.sweep import Key, sweep_layers, sweep_probes
 from tests.probes.planted import planted
 
 
+def target_of(rows):
+    return rows.targets["target"]
+
+
 def swept(rows, x, **options):
-    return sweep_layers(lambda layer: x[layer], rows, range(len(x)), **{"seed": 0, "replicates": 200} | options)
+    settings = {"seeds": [0], "replicates": 200, "strengths": [1.0]} | options
+    return sweep_layers(lambda _, layer: x[layer], rows, range(len(x)), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -30,31 +37,37 @@ def image_decides():
 
 def test_out_of_fold_scores_are_scikit_learns(image_decides):
     rows, x, sweep = image_decides
-    folds = sweep.folds["image"].outer
+    folds = sweep.cell(split="image").folds.outer
     for layer in (1, 3):
         for fold in (0, 4):
             probe = make_pipeline(
                 StandardScaler(), LogisticRegression(tol=1e-10, solver="newton-cholesky", class_weight="balanced")
             )
-            probe.fit(x[layer].double()[folds != fold].numpy(), rows.target[folds != fold])
+            probe.fit(x[layer].double()[folds != fold].numpy(), target_of(rows)[folds != fold])
             expected = probe.decision_function(x[layer].double()[folds == fold].numpy())
             # A gap of 1e-6 of the objective leaves the log-odds this much room.
-            np.testing.assert_allclose(sweep.scores["image"][layer][folds == fold], expected, rtol=0, atol=2e-3)
+            np.testing.assert_allclose(
+                sweep.cell(split="image").scores[layer, 0][folds == fold], expected, rtol=0, atol=2e-3
+            )
 
 
 def test_the_table_has_every_figure_with_its_interval(image_decides):
     rows, _, sweep = image_decides
     table = sweep.table
-    assert list(table.columns) == ["split", "kind", "layer", "auc", "ci_low", "ci_high", "n", "positives"]
+    about = ["position", "probe", "target", "split", "seed"]
+    figures = ["kind", "layer", "auc", "ci_low", "ci_high", "n", "positives"]
+    measures = ["strength", "accuracy", "balanced_accuracy", "log_loss", "ece"]
+    assert list(table.columns) == [*about, *figures, *measures]
+    assert table[table.kind == "probe"].notna().all(axis=None)
     counts = table.groupby(["split", "kind"]).size()
     assert len(counts) == 3 * 4
     assert (counts == 4).all()
     assert (table.ci_low <= table.auc).all()
     assert (table.auc <= table.ci_high).all()
-    assert (table.n == len(rows.target)).all()
-    assert (table.positives == rows.target.sum()).all()
+    assert (table.n == len(target_of(rows))).all()
+    assert (table.positives == target_of(rows).sum()).all()
     probe = table.query("split == 'image' and kind == 'probe'").set_index("layer")
-    expected = stats.auc(sweep.scores["image"][2], rows.target, sweep.folds["image"].outer)
+    expected = stats.auc(sweep.cell(split="image").scores[2, 0], target_of(rows), sweep.cell(split="image").folds.outer)
     assert probe.auc[2] == pytest.approx(expected)
 
 
@@ -90,7 +103,7 @@ def test_nested_choice_does_not_profit_from_many_layers_of_noise():
     for seed in range(6):
         rows, _ = planted(seed, entities=4, relations=5, images=8)
         rows = replace(rows, splits={"random": None})
-        x = torch.from_numpy(rng.normal(size=(12, len(rows.target), 10)))
+        x = torch.from_numpy(rng.normal(size=(12, len(target_of(rows)), 10)))
         sweep = swept(rows, x, controls=(), replicates=20)
         picked.append(sweep.verdict("random").probe.value)
         largest.append(sweep.table.auc.max())
@@ -102,19 +115,21 @@ def test_held_out_labels_do_not_reach_their_own_scores():
     rows, x = planted(2, image=1.0, entities=4, relations=5, images=6)
     rows = replace(rows, splits={"random": None})
     sweep = swept(rows, x, replicates=10)
-    fold = sweep.folds["random"].outer == 1
+    fold = sweep.cell(split="random").folds.outer == 1
     # The same folds with the held-out labels turned round: nothing that fold 1 learned from has changed.
     scores = []
-    for target in (rows.target, rows.target ^ fold):
-        problems = Problems.of(sweep.folds["random"], target, target[None][:0])
+    for target in (target_of(rows), target_of(rows) ^ fold):
+        problems = Problems.of(sweep.cell(split="random").folds, target, target[None][:0])
         labels = torch.from_numpy(problems.labels)
         by_layer = {
-            layer: problems.held_out(logistic.fit(x[layer], labels, problems.weights()).logits(x[layer]).numpy())
+            layer: problems.held_out(
+                logistic.fit(x[layer], labels, problems.weights()).logits(x[layer]).numpy()[:, None]
+            )
             for layer in range(4)
         }
-        scores.append(choose_layers(by_layer, problems.cut).scores)
+        scores.append(choose(by_layer, (1.0,), problems.cut).scores)
     np.testing.assert_array_equal(scores[0][fold], scores[1][fold])
-    np.testing.assert_allclose(scores[0][fold], sweep.nested["random"].scores[fold], rtol=1e-6)
+    np.testing.assert_allclose(scores[0][fold], sweep.cell(split="random").nested.scores[fold], rtol=1e-6)
 
 
 def test_without_controls_the_verdict_says_that_nothing_follows(image_decides):
@@ -143,9 +158,10 @@ def stored(store_of):
 
     def arguments(**change):
         return {
-            "target": series(rows.target, ids),
+            "target": series(target_of(rows), ids),
             "position": "last_input",
             "splits": {"image": series(rows.image[order], ids[order]), "random": None},
+            "strengths": [1.0],
             "questions": pd.DataFrame({"relation": rows.relation, "entity": rows.entity}, index=ids).iloc[order],
             "clusters": (series(rows.question, ids), series(rows.image[order], ids[order])),
             "seed": 0,
@@ -158,13 +174,17 @@ def stored(store_of):
 def test_a_store_gives_what_its_arrays_give(stored):
     rows, x, store, arguments = stored
     from_store = sweep_probes(store, **arguments())
-    from_arrays = swept(replace(rows, splits={"image": rows.image, "random": None}), x, replicates=50)
+    from_arrays = swept(
+        replace(rows, splits={"image": rows.image, "random": None}), x, replicates=50, positions=["last_input"]
+    )
     pd.testing.assert_frame_equal(from_store.table, from_arrays.table)
-    assert from_store.layers == (0, 1, 2)
+    assert from_store.cell(split="image").layers == (0, 1, 2)
     some = sweep_probes(store, **arguments(layers=[2]))
-    assert some.layers == (2,)
+    assert some.cell(split="image").layers == (2,)
     assert set(some.table.kind) == {"probe", "shuffled", "question_only", "layer_0"}
-    with pytest.raises(DataError, match="no split 'entity' in this sweep; it has image, random"):
+    with pytest.raises(
+        DataError, match="0 cells of this sweep answer to split='entity'; it has .* split: image, random"
+    ):
         some.verdict("entity")
 
 
@@ -174,7 +194,7 @@ def test_bad_input_is_refused_by_name(stored):
     with pytest.raises(DataError, match="labels are True"):
         sweep_probes(store, **arguments(target=series(np.ones(len(ids), dtype=bool), ids)))
     with pytest.raises(DataError, match="1 rows that the store lacks, such as stranger"):
-        sweep_probes(store, **arguments(target=series(rows.target, [*ids[1:], "stranger"])))
+        sweep_probes(store, **arguments(target=series(target_of(rows), [*ids[1:], "stranger"])))
     with pytest.raises(DataError, match=r"holds layers \[0, 1, 2\], not \[7\]"):
         sweep_probes(store, **arguments(layers=[1, 7]))
     with pytest.raises(DataError, match="groups of split image: 1 rows have none, such as row-0"):
@@ -183,5 +203,98 @@ def test_bad_input_is_refused_by_name(stored):
         sweep_probes(store, **arguments(splits={"entity": series(rows.entity, ids)}))
     broken = x.clone()
     broken[1, 3, 2] = torch.nan
-    with pytest.raises(DataError, match="layer 1: 1 rows hold NaN or infinity, such as row-3"):
+    with pytest.raises(DataError, match="layer 1: 1 rows hold NaN or infinity at x, such as row-3"):
         swept(rows, broken, folds=2)
+
+
+def test_a_call_with_nothing_but_labels_has_sound_defaults(stored):
+    rows, _, store, _ = stored
+    sweep = sweep_probes(store, series(target_of(rows), rows.ids), replicates=20)
+    cell = sweep.cell()
+    assert cell.key == Key("last_input", "logistic", "target", "random", 0)
+    assert cell.strengths == find_probe("logistic").strengths
+    assert set(sweep.table.kind) == {"probe", "shuffled", "layer_0"}
+    assert set(sweep.strengths.strength) == set(cell.strengths)
+    best = sweep.best().iloc[0]
+    assert best.layers == list(cell.nested.layers)
+    assert best.auc == cell.verdict.probe.value
+    assert best.sentence == cell.verdict.sentence
+
+
+def test_several_of_everything_is_one_plan_and_each_cell_is_as_if_alone(stored):
+    rows, x, store, arguments = stored
+    rng = np.random.default_rng(5)
+    targets = pd.DataFrame({"one": target_of(rows), "two": rng.random(len(rows.ids)) < 0.5}, index=list(rows.ids))
+    given = {"splits": {"random": None}, "strengths": [0.1, 1.0], "controls": ["shuffled"], "replicates": 20}
+    sweep = sweep_probes(store, **arguments(target=targets, seed=[0, 3], **given))
+    assert len(sweep.cells) == 2 * 2
+    alone = sweep_probes(store, **arguments(target=targets["two"], seed=3, **given))
+    cell = sweep.cell(target="two", seed=3)
+    np.testing.assert_allclose(alone.cell().scores, cell.scores, atol=5e-3)
+    assert set(sweep.table.target) == {"one", "two"}
+    with pytest.raises(DataError, match="2 cells of this sweep answer to target='one'; .* seed: 0, 3"):
+        sweep.cell(target="one")
+    assert x.shape[0] == 3
+
+
+def test_each_outer_fold_chooses_its_strength_on_its_training_rows():
+    rows, x = planted(6, image=1.5, entities=4, relations=5, images=8, width=120)
+    rows = replace(rows, splits={"random": None})
+    strengths = (1e-4, 1e-2, 1.0, 100.0)
+    cell = swept(rows, x, strengths=strengths, replicates=10).cell()
+    assert set(cell.nested.strengths) <= set(strengths)
+    for fold in range(5):
+        at = cell.layers.index(cell.nested.layers[fold]), strengths.index(cell.nested.strengths[fold])
+        held = cell.folds.outer == fold
+        np.testing.assert_array_equal(cell.nested.scores[held], cell.scores[at][held])
+    assert cell.nested.strengths.count(100.0) < 5  # 120 features for 160 rows: the freest fit is not the best
+
+
+def test_a_sweep_that_was_stopped_goes_on_and_gives_the_same(tmp_path):
+    rows, x = planted(7, image=1.5, entities=4, relations=5, images=6)
+    rows = replace(rows, splits={"random": None})
+    whole = swept(rows, x, replicates=20)
+    read: list[int] = []
+
+    def until(last):
+        def reading(_, layer):
+            read.append(layer)
+            if layer > last:
+                raise KeyboardInterrupt
+            return x[layer]
+
+        return reading
+
+    settings = {"seeds": [0], "replicates": 20, "strengths": [1.0], "jobs": 1}
+    with pytest.raises(KeyboardInterrupt):
+        sweep_layers(until(1), rows, range(4), kept=Kept(tmp_path / "k", "store"), **settings)
+    torn = sorted((tmp_path / "k").iterdir())
+    assert len(torn) == 2
+    torn[0].write_bytes(torn[0].read_bytes()[:50])
+    read.clear()
+    resumed = sweep_layers(until(9), rows, range(4), kept=Kept(tmp_path / "k", "store"), **settings)
+    assert len(read) == 3  # the two that were missing and the one that was torn
+    pd.testing.assert_frame_equal(resumed.table, whole.table, check_exact=True)
+    read.clear()
+    sweep_layers(until(9), rows, range(4), kept=Kept(tmp_path / "k", "store"), **settings)
+    assert not read
+    sweep_layers(until(9), rows, range(4), kept=Kept(tmp_path / "k", "store"), **settings | {"strengths": [2.0]})
+    assert len(read) == 4
+
+
+def test_what_cannot_be_swept_is_refused_before_any_fit(stored):
+    rows, _, store, arguments = stored
+    for change, message in (
+        ({"strengths": [1.0, 0.0]}, "strengths must be above 0, got 0.0"),
+        ({"target": "right"}, "no column 'right'; it has"),
+        ({"splits": {"entity": "entity"}}, "groups of split entity: the store's table has no column 'entity'"),
+        ({"questions": None, "controls": ["question_only"]}, "question_only needs `questions`"),
+        (
+            {"target": pd.DataFrame({"a": True, "b": target_of(rows)}, index=list(rows.ids))},
+            "target a: all .* are True",
+        ),
+    ):
+        with pytest.raises(DataError, match=message):
+            sweep_probes(store, **arguments(**change))
+    with pytest.raises(ConfigError, match="no probe is called 'oracle'; there are .*logistic"):
+        sweep_probes(store, **arguments(probe="oracle"))

@@ -21,7 +21,7 @@ def judged(probe, controls, *, permutations=0, seed=0):
     noise = rng.normal(size=N)
     scores = probe * target + noise + 0.3 * rng.normal(size=N)
     baselines = {name: strength * target + noise + 0.3 * rng.normal(size=N) for name, strength in controls.items()}
-    nested = Nested((2, 2, 3, 2, 2), scores, rng.normal(size=(permutations, N)))
+    nested = Nested((2, 2, 3, 2, 2), (1.0,) * 5, scores, rng.normal(size=(permutations, N)))
     weights = stats.crossed_weights(np.arange(N) % 50, np.arange(N) // 8, replicates=500, seed=1)
     return judge("random", problems, nested, baselines, weights)
 

@@ -91,5 +91,5 @@ def test_a_residual_that_is_no_number_costs_the_probe_and_not_the_study(store_of
     residuals = torch.randn(LAYERS, 120, 4, generator=torch.Generator().manual_seed(0))
     residuals[1, 7] = torch.nan
     result = analysis.probe(store_of(residuals, table["visual_row"].tolist()), table, config(), progress=False)
-    assert "layer 1: 1 rows hold NaN or infinity, such as row7" in result["why_not"]
+    assert "layer 1: 1 rows hold NaN or infinity at last_input, such as row7" in result["why_not"]
     assert result["verdict"] == dict.fromkeys(("image", "entity", "question", "random"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
 from pkgutil import iter_modules
-from typing import ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from einops import einsum
@@ -118,7 +118,7 @@ def find_probe(probe: str | Probe) -> Probe:
         ConfigError: no probe has that name, or what was given is none.
     """
     if not isinstance(probe, str):
-        if not isinstance(probe, Probe):
+        if not isinstance(cast(object, probe), Probe):  # whatever the annotation says
             raise ConfigError(f"{probe!r} is no probe: it needs name, strengths, calibrated and fit(); see gp.Probe")
         return probe
     _ours()
@@ -155,3 +155,24 @@ def check_classes(y: Bool[Tensor, "p n"], weights: Float[Tensor, "p n"]) -> None
         missing = torch.nonzero(~rows.any(1))
         if len(missing):
             raise DataError(f"problem {int(missing[0])} has no row of class {label}; a probe needs both classes")
+
+
+def check_problems(
+    x: Float[Tensor, "n d"],
+    y: Bool[Tensor, "p n"],
+    weights: Float[Tensor, "p n"],
+    strengths: Float[Tensor, " p"] | None = None,
+) -> None:
+    """Refuse what no kind can fit.
+
+    Raises:
+        DataError: features that are not finite, weights that are negative or not finite, strengths that are not above
+            0, or a problem without a row of each class.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise DataError(f"row {int(torch.nonzero(~torch.isfinite(x))[0, 0])} of x holds NaN or infinity")
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise DataError("weights must be finite and not negative")
+    if strengths is not None and not bool((strengths > 0).all()):
+        raise DataError(f"strengths must be above 0, got {float(strengths.min()):g}")
+    check_classes(y, weights)

@@ -12,8 +12,6 @@ from gapprobe.kernels import logistic
 from gapprobe.probes.splits import NestedFolds
 
 PSEUDO_ROWS = 2.0  # rows of the overall success rate that every smoothed rate starts from
-PERMUTATIONS = 5
-STUDENT_T = 2.7764451051977987  # 97.5 % quantile for PERMUTATIONS - 1 degrees of freedom
 
 
 def shuffled_targets(

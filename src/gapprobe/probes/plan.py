@@ -1,13 +1,14 @@
-"""The fits of one split, the same at every layer, and what each says about rows it did not see.
+"""The fits of one split and target, the same at every layer, and what each says about rows it did not see.
 
-Where residuals come from is not known here.
+Where residuals come from, and what kind of probe is fitted, is not known here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from gapprobe import stats
@@ -48,61 +49,72 @@ class Problems:
         """Return the sample weights of every fit: its training rows, classes balanced."""
         return logistic.balanced(torch.from_numpy(self.labels), torch.from_numpy(self.masks))
 
-    def held_out(self, logits: Float[np.ndarray, "p n"]) -> "HeldOut":
-        """Take from every fit's log-odds those of rows it did not train on."""
+    def held_out(self, scores: Float[np.ndarray, "p s n"]) -> "HeldOut":
+        """Take from every fit's scores, at each strength, those of rows it did not train on."""
         folds, rows = len(self.cut.inner), np.arange(len(self.target))
-        start, inner_auc = folds, np.empty(folds)
+        start, inner_auc = folds, np.empty((scores.shape[1], folds))
         for fold, inner in enumerate(self.cut.inner):
             training = np.flatnonzero(inner >= 0)
-            scores = logits[start + inner[training], training]
-            inner_auc[fold] = stats.auc(scores, self.target[training], inner[training])
+            of_fit = scores[start + inner[training], :, training]  # [training, s]
+            for strength, own in enumerate(of_fit.T):
+                inner_auc[strength, fold] = stats.auc(own, self.target[training], inner[training])
             start += int(inner.max()) + 1
-        shuffled = logits[start:].reshape(len(self.shuffled), folds, len(rows))[:, self.cut.outer, rows]
-        return HeldOut(logits[self.cut.outer, rows], shuffled, inner_auc)
+        shuffled = scores[start:].reshape(len(self.shuffled), folds, scores.shape[1], len(rows))
+        by_fold = np.ascontiguousarray(shuffled.transpose(1, 3, 0, 2)[self.cut.outer, rows].transpose(1, 2, 0))
+        return HeldOut(np.ascontiguousarray(scores[self.cut.outer, :, rows].T), by_fold, inner_auc)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the fits of one split and layer say about rows that they did not see.
+    """What the fits of one split and layer say, at each of s strengths, about rows that they did not see.
 
     Attributes:
-        scores: log-odds of the probe.
-        shuffled: log-odds of the probes trained on shuffled labels.
+        scores: of the probe.
+        shuffled: of the probes trained on shuffled labels.
         inner_auc: for each outer fold the probe's area under the curve on that fold's training rows, by inner folds;
             NaN where no inner fold holds out both classes.
     """
 
-    scores: Float[np.ndarray, " n"]
-    shuffled: Float[np.ndarray, "m n"]
-    inner_auc: Float[np.ndarray, " folds"]
+    scores: Float[np.ndarray, "s n"]
+    shuffled: Float[np.ndarray, "m s n"]
+    inner_auc: Float[np.ndarray, "s folds"]
 
 
 @dataclass(frozen=True)
 class Nested:
-    """Out-of-fold scores of a probe whose layer each outer fold chose on its training rows.
+    """Out-of-fold scores of a probe whose layer and strength each outer fold chose on its training rows.
 
     Attributes:
         layers: the layer that each outer fold chose.
-        scores: log-odds of the probe.
-        shuffled: log-odds, at the same layers, of the probes trained on shuffled labels.
+        strengths: the strength that it chose.
+        scores: of the probe.
+        shuffled: at the same layers and strengths, of the probes trained on shuffled labels.
     """
 
     layers: tuple[int, ...]
+    strengths: tuple[float, ...]
     scores: Float[np.ndarray, " n"]
     shuffled: Float[np.ndarray, "m n"]
 
     @property
     def probability(self) -> Float[np.ndarray, " n"]:
-        """Return the probability of the positive class, classes balanced."""
+        """Return the probability of the positive class, classes balanced, of scores that are log-odds."""
         return (1.0 + np.tanh(self.scores / 2.0)) / 2.0
 
 
-def choose_layers(by_layer: dict[int, HeldOut], cut: NestedFolds) -> Nested:
-    """Let each outer fold choose the layer with the largest area on its inner folds; of equals the first."""
+def choose(by_layer: Mapping[int, HeldOut], strengths: tuple[float, ...], cut: NestedFolds) -> Nested:
+    """Let each outer fold choose layer and strength with the largest area on its inner folds.
+
+    Of equals the first layer is taken, and the smallest strength, which is the stiffest probe.
+    """
     layers = list(by_layer)
-    areas = np.nan_to_num(np.stack([by_layer[layer].inner_auc for layer in layers]), nan=0.5)  # [l folds]
-    chosen = areas.argmax(0)
-    of_row, rows = chosen[cut.outer], np.arange(len(cut.outer))
-    scores = np.stack([by_layer[layer].scores for layer in layers])[of_row, rows]
-    shuffled = np.stack([by_layer[layer].shuffled for layer in layers])[of_row, :, rows].T
-    return Nested(tuple(layers[i] for i in chosen), scores, shuffled)
+    order = np.argsort(strengths, kind="stable")
+    areas = np.stack([by_layer[layer].inner_auc[order] for layer in layers])  # [l s folds]
+    areas = np.nan_to_num(areas, nan=0.5).reshape(-1, areas.shape[2])
+    best: Int[np.ndarray, " folds"] = areas.argmax(0)
+    at_layer, at_strength = best // len(order), order[best % len(order)]
+    rows, outer = np.arange(len(cut.outer)), cut.outer
+    scores = np.stack([by_layer[layer].scores for layer in layers])[at_layer[outer], at_strength[outer], rows]
+    shuffled = np.stack([by_layer[layer].shuffled for layer in layers])
+    shuffled = shuffled[at_layer[outer], :, at_strength[outer], rows].T
+    return Nested(tuple(layers[i] for i in at_layer), tuple(strengths[i] for i in at_strength), scores, shuffled)

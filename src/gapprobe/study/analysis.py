@@ -73,7 +73,7 @@ def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: b
             clusters=(rows["question"], rows["image"]),
             controls=settings.controls,
             folds=settings.folds,
-            c=settings.c,
+            strengths=[settings.c],
             seed=config.seed,
             replicates=settings.replicates,
             progress=progress,
@@ -98,8 +98,8 @@ def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: b
         "verdict": {s: _verdict(sweep.verdict(s)) if s in splits else None for s in settings.splits},
         "scores": {
             "split": first,
-            "probability": [float(p) for p in sweep.nested[first].probability],
-            "fold": [int(f) for f in sweep.folds[first].outer],
+            "probability": [float(p) for p in sweep.cell(split=first).nested.probability],
+            "fold": [int(f) for f in sweep.cell(split=first).folds.outer],
         },
     }
 
