@@ -219,6 +219,7 @@ def test_a_call_with_nothing_but_labels_has_sound_defaults(stored):
     assert best.layers == list(cell.nested.layers)
     assert best.auc == cell.verdict.probe.value
     assert best.sentence == cell.verdict.sentence
+    assert best.p_value in {i / 6 for i in range(1, 7)}
 
 
 def test_several_of_everything_is_one_plan_and_each_cell_is_as_if_alone(stored):
@@ -298,3 +299,25 @@ def test_what_cannot_be_swept_is_refused_before_any_fit(stored):
             sweep_probes(store, **arguments(**change))
     with pytest.raises(ConfigError, match="no probe is called 'oracle'; there are .*logistic"):
         sweep_probes(store, **arguments(probe="oracle"))
+
+
+def test_a_permutation_p_value_counts_the_runs_that_do_as_well():
+    rows, x = planted(8, image=3.0, entities=4, relations=5, images=8)
+    rows = replace(rows, splits={"random": None})
+    found = swept(rows, x, permutations=19, replicates=10).cell()
+    assert found.p_value == 1 / 20
+    noise = swept(
+        replace(rows, targets={"target": np.random.default_rng(0).random(len(rows.ids)) < 0.5}), x, permutations=19
+    )
+    assert noise.cell().p_value > 0.05
+    assert np.isnan(swept(rows, x, controls=(), replicates=10).cell().p_value)
+
+
+def test_the_figure_draws_what_the_table_says(image_decides):
+    _, _, sweep = image_decides
+    figure = sweep.plot()
+    lines = [trace for trace in figure.data if trace.name and trace.name == "logistic"]
+    assert len(lines) == 3  # a panel a split
+    table = sweep.table.query("split == 'entity' and kind == 'probe'")
+    assert any(np.array_equal(line.y, table.auc) for line in lines)
+    assert {trace.name for trace in figure.data if trace.name} == {"logistic", "shuffled", "question_only", "layer_0"}

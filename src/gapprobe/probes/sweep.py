@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,9 @@ from gapprobe.probes.splits import NestedFolds, nested_folds
 from gapprobe.probes.verdict import Verdict, judge
 from gapprobe.stats import Estimate
 from gapprobe.store.reader import Store
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 Control = Literal["shuffled", "question_only", "layer_0"]
 CONTROLS: tuple[Control, ...] = ("shuffled", "question_only", "layer_0")
@@ -80,7 +83,7 @@ class Cell:
         key: which.
         layers: the layers swept.
         strengths: the strengths swept.
-        folds: how the rows were cut.
+        problems: how the rows were cut, labels and shuffled labels.
         scores: out-of-fold scores; log-odds where the probe is calibrated.
         nested: scores of the probe whose layer and strength were chosen on training rows only.
         verdict: the nested probe against its best control.
@@ -89,10 +92,28 @@ class Cell:
     key: Key
     layers: tuple[int, ...]
     strengths: tuple[float, ...]
-    folds: NestedFolds
+    problems: Problems
     scores: Float[np.ndarray, "l s n"]
     nested: Nested
     verdict: Verdict
+
+    @property
+    def folds(self) -> NestedFolds:
+        """Return how the rows were cut."""
+        return self.problems.cut
+
+    @property
+    def p_value(self) -> float:
+        """Return the permutation p-value: how often shuffled labels do as well, the labels as they are counted too.
+
+        Source: Ojala & Garriga 2010, eq. 1. With m permutations it cannot fall below 1 / (m + 1); NaN without any.
+        """
+        folds, shuffled = self.folds.outer, self.problems.shuffled
+        if not len(shuffled):
+            return math.nan
+        runs = zip(self.nested.shuffled, shuffled, strict=True)
+        as_good = sum(stats.auc(scores, labels, folds) >= self.verdict.probe.value for scores, labels in runs)
+        return (1 + as_good) / (1 + len(shuffled))
 
 
 @dataclass(frozen=True)
@@ -150,12 +171,23 @@ class ProbeSweep:
                     "ci_high": cell.verdict.probe.high,
                     "control": cell.verdict.control,
                     "control_auc": None if cell.verdict.control_auc is None else cell.verdict.control_auc.value,
+                    "p_value": cell.p_value,
                     "beats": cell.verdict.beats,
                     "sentence": cell.verdict.sentence,
                 }
                 for key, cell in self.cells.items()
             ]
         )
+
+    def plot(self) -> "go.Figure":
+        """Draw the areas by layer, with intervals, beside the controls; a panel for each split.
+
+        Raises:
+            ConfigError: plotly is not installed.
+        """
+        from gapprobe.probes.plotting import area_by_layer
+
+        return area_by_layer(self.table)
 
 
 def sweep_probes(
@@ -339,7 +371,7 @@ def sweep_layers(
         nested = choose(by_layer, swept[name], split.cut)
         verdict = judge(split_name, split, nested, baselines, weights[seed])
         scores = np.stack([by_layer[layer].scores for layer in layers])
-        cells[key] = Cell(key, tuple(layers), swept[name], split.cut, scores, nested, verdict)
+        cells[key] = Cell(key, tuple(layers), swept[name], split, scores, nested, verdict)
         own = _table(split, by_layer, swept[name], baselines, weights[seed], found[name].calibrated)
         lines.append(own.assign(**vars(key)))
         areas.append(_areas(split, by_layer, swept[name]).assign(**vars(key)))
