@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from gapprobe.probes.base import LinearFits as LinearFits
     from gapprobe.probes.base import find_probe as find_probe
     from gapprobe.probes.base import known_probes as known_probes
+    from gapprobe.probes.codelength import online_code as online_code
+    from gapprobe.probes.controls import control_task as control_task
     from gapprobe.probes.directions import load_direction as load_direction
     from gapprobe.probes.directions import probe_direction as probe_direction
+    from gapprobe.probes.leakage import leakage_report as leakage_report
     from gapprobe.probes.sweep import sweep_probes as sweep_probes
     from gapprobe.report.page import write_report as write_report
     from gapprobe.selective import risk_coverage as risk_coverage
@@ -76,6 +79,9 @@ _HOMES = {
     "find_probe": "gapprobe.probes.base",
     "known_probes": "gapprobe.probes.base",
     "LinearFits": "gapprobe.probes.base",
+    "online_code": "gapprobe.probes.codelength",
+    "control_task": "gapprobe.probes.controls",
+    "leakage_report": "gapprobe.probes.leakage",
     "probe_direction": "gapprobe.probes.directions",
     "load_direction": "gapprobe.probes.directions",
     "write_report": "gapprobe.report.page",

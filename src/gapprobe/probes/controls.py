@@ -26,6 +26,22 @@ def shuffled_targets(
     return out
 
 
+def control_task(types: Shaped[np.ndarray, " n"], target: Bool[np.ndarray, " n"], seed: int) -> Bool[np.ndarray, " n"]:
+    """Return labels that mean nothing but are the same for all rows of a type, as often positive as `target`.
+
+    Source: Hewitt & Liang 2019, arXiv 1909.03368. A probe that learns them remembers types; selectivity is its accuracy
+    on the target less its accuracy on these, both with types on both sides of the split. Sweep both as two targets.
+
+    Args:
+        types: what a label is drawn for once, such as the entity.
+        target: the labels that are studied.
+        seed: of the labels.
+    """
+    codes = np.unique(types.astype(str), return_inverse=True)[1]
+    drawn = np.random.default_rng(seed).random(int(codes.max(initial=0)) + 1) < target.mean()
+    return drawn[codes]
+
+
 def question_scores(
     relation: Shaped[np.ndarray, " n"],
     entity: Shaped[np.ndarray, " n"],
