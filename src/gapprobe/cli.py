@@ -45,6 +45,7 @@ app = SubcommandApp()
 study = SubcommandApp()
 models = SubcommandApp()
 store = SubcommandApp()
+bench = SubcommandApp()
 
 
 @app.command
@@ -222,6 +223,99 @@ def report(
     from gapprobe.study.results import read_results
 
     print(write_report(read_results(folder / "results.json"), folder / "report.html"))
+
+
+@app.command(name="probe")
+def sweep(
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="STORE", help="a store")],
+    target: Annotated[str, tyro.conf.arg(help="column of the store's table with the labels")],
+    position: Annotated[tuple[str, ...], tyro.conf.arg(help="tokens whose residuals are read")] = ("last_input",),
+    probe: Annotated[tuple[str, ...], tyro.conf.arg(help="kinds of probes, by name")] = ("logistic",),
+    split: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="columns whose groups stay together; random rows if none")
+    ] = (),
+    clusters: Annotated[str | None, tyro.conf.arg(help="column that the bootstrap resamples by; rows if none")] = None,
+    layers: Annotated[tuple[int, ...], tyro.conf.arg(help="all if none")] = (),
+    strengths: Annotated[tuple[float, ...], tyro.conf.arg(help="inverse strengths; the probe's own if none")] = (),
+    folds: int = 5,
+    permutations: Annotated[int, tyro.conf.arg(help="of labels, for the control and the p-value")] = 5,
+    seed: int = 0,
+    out: Annotated[Path, tyro.conf.arg(help="for tables, the figure, and what is fitted", metavar="DIR")] = Path(
+        "gapprobe-probes"
+    ),
+) -> None:
+    """Fit probes at every layer of a store beside their controls; print what holds on held-out rows.
+
+    Writes best.csv, table.csv, strengths.csv and areas.html. Stopped half-way, the same command goes on where it was.
+
+    For example:
+        gapprobe probe acts --target right --split entity image --probe logistic mean_difference
+    """
+    from gapprobe.probes.sweep import sweep_probes
+    from gapprobe.store.reader import open_store
+
+    result = sweep_probes(
+        open_store(folder),
+        target,
+        position=position,
+        probe=probe,
+        splits={name: name for name in split} or None,
+        clusters=clusters,
+        layers=layers or "all",
+        strengths=strengths or None,
+        folds=folds,
+        permutations=permutations,
+        seed=seed,
+        folder=out / "fitted",
+        progress=True,
+    )
+    best = result.best()
+    for name, table in (("best", best), ("table", result.table), ("strengths", result.strengths)):
+        table.to_csv(out / f"{name}.csv", index=False)
+    result.plot().write_html(out / "areas.html", include_plotlyjs=True)
+    for line in best.itertuples():
+        print(f"{line.probe} at {line.position}, split {line.split}: {line.sentence}")
+    print(f"tables and figure: {out}")
+
+
+@bench.command
+def probes(
+    folder: Annotated[
+        Path | None, tyro.conf.arg(name="store", help="a store; random activations if not given", metavar="DIR")
+    ] = None,
+    target: Annotated[str | None, tyro.conf.arg(help="column with labels; a random direction's if not given")] = None,
+    probe: Annotated[str, tyro.conf.arg(help="any registered probe")] = "logistic",
+    position: str = "last_input",
+    layers: Annotated[tuple[int, ...], tyro.conf.arg(help="all if none")] = (),
+    rows: Annotated[int, tyro.conf.arg(help="of random activations")] = 2000,
+    width: Annotated[int, tyro.conf.arg(help="of random activations")] = 1024,
+    sklearn: Annotated[bool, tyro.conf.arg(help="fit the same one by one with scikit-learn too: slow")] = False,
+) -> None:
+    """Time probe fits by layer on this machine: fits and gigabytes a second, and shares of the machine's limits.
+
+    For example:
+        gapprobe bench probes
+        gapprobe bench probes --store acts --target right --probe ridge --sklearn
+    """
+    from gapprobe.probes.throughput import bench_probes
+    from gapprobe.store.reader import open_store
+
+    table = bench_probes(
+        None if folder is None else open_store(folder),
+        target,
+        probe=probe,
+        position=position,
+        layers=layers or None,
+        rows=rows,
+        width=width,
+        against_sklearn=sklearn,
+        progress=True,
+    )
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    rates = table["fits_per_second"].tolist()
+    print("\nfits a second by layer")
+    for layer, rate in zip(table["layer"].tolist(), rates, strict=True):
+        print(f"{layer:>4} {'█' * max(1, round(40 * rate / max(rates)))} {rate:.0f}")
 
 
 @models.command(name="list")
@@ -550,6 +644,7 @@ def _print(result: Mapping[str, object] | Sequence[Mapping[str, object]]) -> Non
 
 app.command(study, name="study", help="run the whole study, or its steps, from a configuration file")
 app.command(models, name="models", help="the families of models that can be traced, and whether a model passes")
+app.command(bench, name="bench", help="how fast things are on this machine")
 app.command(store, name="store", help="activation stores: look, check, mend, join, bring activations in and out")
 
 
