@@ -13,6 +13,8 @@ from einops import einsum, reduce
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
+from gapprobe.kernels.certified import NotConvergedError as NotConvergedError
+from gapprobe.kernels.certified import check, check_gaps, reach
 from gapprobe.kernels.descent import descend
 from gapprobe.kernels.losses import Binary, Multinomial, Point
 from gapprobe.kernels.preconditioner import Subspace
@@ -21,12 +23,6 @@ from gapprobe.kernels.standardised import Standardised
 STEPS = 500  # in float32; real problems take 5 to 150
 MORE_STEPS = 5000  # in float64, where float32 did not reach the tolerance
 ROOM = 1 << 26  # numbers held for problems fitted side by side
-ROUNDS = 3  # of them, each aiming ten times lower
-MARGIN = 0.8  # of the tolerance, aimed at before the certificate is drawn up
-
-
-class NotConvergedError(ArithmeticError):
-    """A fit whose certified gap is larger than was asked for."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ def fit(
     """
     p, (n, d) = len(weights), x.shape
     strengths = torch.as_tensor(c, dtype=torch.float64, device=x.device).expand(p)
-    _check(x, y, weights, strengths)
+    check(x, y, weights, strengths)
     classes = 1 if y.dtype == torch.bool else int(y.max()) + 1 if y.numel() else 2
     if not p:
         shape = (0,) if classes == 1 else (0, classes)
@@ -143,58 +139,25 @@ def fit(
     scaled = weights.double() * strengths[:, None]
     side_by_side = max(1, ROOM // (classes * (8 * n + 16 * d)))
     space = Subspace.of(features, min(p, side_by_side) * classes)
+
+    def loss(dtype: torch.dtype, some: Tensor) -> Binary | Multinomial:
+        if classes == 1:
+            return Binary.of(y[some], scaled[some], dtype)
+        return Multinomial.of(y[some], classes, scaled[some], dtype)
+
+    def again(w: Tensor, own: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+        exact = space.to(torch.float64)
+        return descend(features, loss(torch.float64, own), w, exact, problems=own, goal=goal, most=MORE_STEPS)
+
     parts = [
-        _fit(features, space, y[part], scaled[part], part, classes, tolerance)
+        reach(features, space, loss, certify, again, part, tolerance, STEPS)
         for part in torch.arange(p, device=x.device).split(side_by_side)
     ]
     coef, intercept, objective, gap, steps = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    worst = int(gap.nan_to_num(torch.inf).argmax())
-    if not float(gap[worst]) <= tolerance:
-        raise NotConvergedError(
-            f"problem {worst} ended {float(gap[worst]):.1e} of its objective off the optimum, not {tolerance:.1e}: "
-            f"the features may be too badly scaled, or c={float(strengths[worst]):g} too large; rescale them or lower c"
-        )
+    check_gaps(gap, strengths, tolerance)
     if classes == 1:
         coef, intercept = coef[:, 0], intercept[:, 0]
     return LogisticFits(coef, intercept, objective, gap, steps)
-
-
-def _fit(
-    features: Standardised,
-    space: Subspace,
-    y: Tensor,
-    weights: Float64[Tensor, "p n"],
-    problems: Int64[Tensor, " p"],
-    classes: int,
-    tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Descend in float32, certify; descend further in float64 where that did not do."""
-
-    def loss(dtype: torch.dtype, some: Tensor | slice = slice(None)) -> Binary | Multinomial:
-        if classes == 1:
-            return Binary.of(y[some], weights[some], dtype)
-        return Multinomial.of(y[some], classes, weights[some], dtype)
-
-    narrow, exact = loss(torch.float32), loss(torch.float64)
-    w = features.x.new_zeros(len(y), classes, features.x.shape[1] + 1, dtype=torch.float32)
-    w[..., -1] = narrow.start()
-    goal = MARGIN * tolerance
-    w, steps = descend(features, narrow, w, space, problems=problems, goal=goal, most=STEPS)
-    w = w.double()
-    w, objective, gap = certify(features, exact, w, problems)
-    for _ in range(ROUNDS):
-        poor = torch.nonzero(~(gap <= tolerance))[:, 0]
-        if not len(poor):
-            break
-        again = loss(torch.float64, poor)
-        better, more = descend(
-            features, again, w[poor], space.to(torch.float64), problems=problems[poor], goal=goal, most=MORE_STEPS
-        )
-        w[poor], objective[poor], gap[poor] = certify(features, again, better, problems[poor])
-        steps[poor] += more
-        goal /= 10
-    coef, intercept = features.view(problems, torch.float64).in_raw(w)
-    return coef, intercept, objective, gap, steps
 
 
 def certify(
@@ -240,21 +203,3 @@ def _intercept_step(
     # A shift of all intercepts changes nothing; a constant block keeps it at 0.
     hessian = hessian + hessian.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     return torch.linalg.solve(hessian, open_end)
-
-
-def _check(x: Tensor, y: Tensor, weights: Tensor, c: Float64[Tensor, " p"]) -> None:
-    if not bool((c > 0).all()):
-        raise ValueError(f"c must be above 0, got {float(c.min())}")
-    if y.shape != weights.shape or y.shape[1] != x.shape[0]:
-        raise ValueError(f"labels {tuple(y.shape)} and weights {tuple(weights.shape)} must be [p, {x.shape[0]}]")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"row {int(torch.nonzero(~torch.isfinite(x))[0, 0])} of x holds NaN or infinity")
-    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
-        raise ValueError("weights must be finite and not negative")
-    if y.dtype != torch.bool and y.numel() and int(y.min()) < 0:
-        raise ValueError(f"classes are numbered from 0, got {int(y.min())}")
-    used = weights > 0
-    for label in (True, False) if y.dtype == torch.bool else range(int(y.max()) + 1 if y.numel() else 0):
-        missing = torch.nonzero(~((y == label) & used).any(1))
-        if len(missing):
-            raise ValueError(f"problem {int(missing[0])} has no row of class {label}; a fit needs every class")

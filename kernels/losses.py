@@ -39,6 +39,10 @@ class Point:
 class Loss(Protocol):
     """What the descent asks of a loss."""
 
+    def start(self) -> Float[Tensor, "p c"]:
+        """Return the intercepts that are best where all weights are 0."""
+        ...
+
     def turned(self, logits: Float[Tensor, "p c n"]) -> Float[Tensor, "p c n"]:
         """Turn logits as the loss wants them, in place; also turns residuals back."""
         ...
@@ -109,6 +113,53 @@ class Binary:
     def keep(self, problems: Tensor) -> Binary:
         """Return the loss of some problems."""
         return Binary(self.sign[problems], self.weight[problems])
+
+
+@dataclass(frozen=True)
+class SquaredHinge:
+    """s max(0, 1 - y f)^2, y in {-1, 1}; turned logits are y f.
+
+    Attributes:
+        sign: y.
+        weight: s.
+    """
+
+    sign: Float[Tensor, "p 1 n"]
+    weight: Float[Tensor, "p 1 n"]
+
+    @classmethod
+    def of(cls, y: Bool[Tensor, "p n"], weight: Float[Tensor, "p n"], dtype: torch.dtype) -> SquaredHinge:
+        """Take labels and weights."""
+        return cls((2.0 * y.to(dtype) - 1.0)[:, None], weight.to(dtype)[:, None])
+
+    def start(self) -> Float[Tensor, "p 1"]:
+        """Return the intercept that is best where all weights are 0."""
+        return (self.weight * self.sign).sum(-1) / self.weight.sum(-1)
+
+    def turned(self, logits: Float[Tensor, "p c n"]) -> Float[Tensor, "p c n"]:
+        """Multiply by the label."""
+        return logits.mul_(self.sign)
+
+    def value(self, turned: Float[Tensor, "p c n"]) -> Float[Tensor, " p"]:
+        """Return sum s max(0, 1 - y f)^2."""
+        return _dot(self.weight, (1.0 - turned).clamp_(min=0.0).square_())
+
+    def at(self, turned: Float[Tensor, "p c n"]) -> Point:
+        """Return slope and bend; `share` is 1 at rows inside the margin: the bend jumps there, the slope does not."""
+        slack = (1.0 - turned).clamp_(min=0.0)
+        return Point(2.0 * self.weight * slack, (slack > 0).to(slack))
+
+    def bend(self, point: Point, along: Float[Tensor, "p c n"]) -> Float[Tensor, " p"]:
+        """Return sum 2 s df^2 inside the margin."""
+        return _dot(self.curvature(point).mul_(along), along)
+
+    def curvature(self, point: Point) -> Float[Tensor, "p c n"]:
+        """Return 2 s inside the margin."""
+        return 2.0 * self.weight * point.share
+
+    def keep(self, problems: Tensor) -> SquaredHinge:
+        """Return the loss of some problems."""
+        return SquaredHinge(self.sign[problems], self.weight[problems])
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ def _moments(
             own_mean[columns] = part.mean(0)
             own_variance[columns] = (part - own_mean[columns]).square().mean(0)
     eps = torch.finfo(torch.float64).eps
-    # scikit-learn's bound on the rounding of a variance (StandardScaler): at or below it the feature is constant.
-    bound = count * eps * variance + (count * (mean + base) * eps) ** 2
+    # scikit-learn's bound on the rounding of a variance (StandardScaler), plus what taking off the base has cost: at or
+    # below it the feature is constant.
+    bound = count * eps * variance + (count * (mean.abs() + base.abs()) * eps) ** 2
     return base, mean, torch.where(variance <= bound, 1.0, variance.sqrt())

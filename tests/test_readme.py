@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FENCES = [
-    pytest.param(code, id=f"{page.name}-{number}")
-    # The examples of stores are run by tests/store: test_format.py and test_exporting.py.
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("[!s]*.md"))]
-    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
-]
+# The examples of stores are run by tests/store: test_format.py and test_exporting.py.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[!s]*.md"))]
+FENCES = {page.name: re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL) for page in PAGES}
 
 
-@pytest.mark.parametrize("code", FENCES)
-def test_python_examples_run(code: str, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("page", [name for name, fences in FENCES.items() if fences])
+def test_python_examples_run(page: str, tmp_path, monkeypatch) -> None:
+    """Run a page's examples one after another, as its reader would: a later one may use what an earlier one made."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "example", "exec"), {})
+    names: dict[str, object] = {}
+    for number, code in enumerate(FENCES[page]):
+        exec(compile(code, f"{page}, example {number}", "exec"), names)
 
 
 def test_links_lead_somewhere() -> None:

@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from gapprobe.models.bridge import to_transformer_lens as to_transformer_lens
     from gapprobe.models.check import check_model as check_model
     from gapprobe.models.loading import load_model as load_model
+    from gapprobe.probes.adapters import from_module as from_module
+    from gapprobe.probes.adapters import from_sklearn as from_sklearn
     from gapprobe.probes.base import LinearFits as LinearFits
+    from gapprobe.probes.base import check_problems as check_problems
     from gapprobe.probes.base import find_probe as find_probe
     from gapprobe.probes.base import known_probes as known_probes
+    from gapprobe.probes.base import register_probe as register_probe
     from gapprobe.probes.codelength import online_code as online_code
     from gapprobe.probes.controls import control_task as control_task
     from gapprobe.probes.directions import load_direction as load_direction
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from gapprobe.tasks.questions import load_questions as load_questions
     from gapprobe.tasks.sounds import SoundFile as SoundFile
     from gapprobe.tasks.tables import load_examples as load_examples
+    from gapprobe.testing import check_probe as check_probe
     from gapprobe.tracing.run import capture as capture
     from gapprobe.tracing.tokens import TokenTable as TokenTable
 
@@ -76,6 +81,11 @@ _HOMES = {
     "mentions": "gapprobe.tasks.examples",
     "TokenTable": "gapprobe.tracing.tokens",
     "sweep_probes": "gapprobe.probes.sweep",
+    "from_sklearn": "gapprobe.probes.adapters",
+    "from_module": "gapprobe.probes.adapters",
+    "check_probe": "gapprobe.testing",
+    "register_probe": "gapprobe.probes.base",
+    "check_problems": "gapprobe.probes.base",
     "find_probe": "gapprobe.probes.base",
     "known_probes": "gapprobe.probes.base",
     "LinearFits": "gapprobe.probes.base",

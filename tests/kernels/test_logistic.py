@@ -263,6 +263,18 @@ def test_constant_features_change_nothing():
     assert not b.coef[0, 4:].abs().gt(1e-12).any()
 
 
+def test_a_feature_that_is_constant_in_one_problem_alone_gets_no_weight_there():
+    x, y = problem(14, 300, 3)
+    x = torch.cat([x, torch.zeros(300, 1)], dim=1)
+    x[200:, 3] = torch.linspace(0, 1, 100)  # 0 in all rows of the first problem, and not in the mean of all
+    weights = torch.ones(2, 300)
+    weights[0, 200:] = 0.0
+    fits = logistic.fit(x, y.expand(2, 300), weights, tolerance=1e-12)
+    assert abs(float(fits.coef[0, 3])) < 1e-6 < 1e-3 < abs(float(fits.coef[1, 3]))
+    alone = logistic.fit(x[:200, :3], y[None, :200], torch.ones(1, 200), tolerance=1e-12)
+    torch.testing.assert_close(fits.coef[0, :3], alone.coef[0], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_narrow_features_are_taken_as_they_are(dtype):
     x, y = problem(7, 60, 5)

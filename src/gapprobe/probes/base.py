@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
 from pkgutil import iter_modules
-from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from einops import einsum
@@ -41,9 +41,21 @@ class Probe(Protocol):
         calibrated: whether scores are log-odds.
     """
 
-    name: ClassVar[str]
-    strengths: ClassVar[tuple[float, ...]]
-    calibrated: ClassVar[bool]
+    # Properties here: a kind has class attributes, an adapter's probe has its own.
+    @property
+    def name(self) -> str:
+        """What users type."""
+        ...
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """What a sweep tries."""
+        ...
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether scores are log-odds."""
+        ...
 
     def fit(
         self,
@@ -89,7 +101,7 @@ P = TypeVar("P", bound=Callable[..., Probe])
 _KINDS: dict[str, Callable[..., Probe]] = {}
 
 
-def register(kind: P) -> P:
+def register_probe(kind: P) -> P:
     """Make a probe known by its name, as a decorator of its class.
 
     Raises:
@@ -125,7 +137,7 @@ def find_probe(probe: str | Probe) -> Probe:
     if probe not in _KINDS:
         for point in metadata.entry_points(group=ENTRY_POINTS):
             if point.name == probe:
-                register(point.load())
+                register_probe(point.load())
     if probe not in _KINDS:
         raise ConfigError(f"no probe is called {probe!r}; there are {', '.join(known_probes())}")
     return _KINDS[probe]()

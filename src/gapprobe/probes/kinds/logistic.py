@@ -1,25 +1,23 @@
 """L2 logistic regression, exact and certified: the kernel's."""
 
-from typing import ClassVar
-
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from gapprobe.errors import DataError
 from gapprobe.kernels import logistic
-from gapprobe.probes.base import LinearFits, register
+from gapprobe.probes.base import LinearFits, register_probe
 
 
-@register
+@register_probe
 class Logistic:
     """Standardised, L2-penalised logistic regression; strengths are scikit-learn's C.
 
     Every fit is certified in float64 to lie within `tolerance` of its optimal objective.
     """
 
-    name: ClassVar[str] = "logistic"
-    strengths: ClassVar[tuple[float, ...]] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    calibrated: ClassVar[bool] = True
+    name = "logistic"
+    strengths = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    calibrated = True
 
     def __init__(self, tolerance: float = 1e-6) -> None:
         self.tolerance = tolerance

@@ -1,0 +1,108 @@
+"""From a loss to certified fits: float32 finds the optimum, float64 says how near it is and takes up what is too far.
+
+What every linear kernel shares, whatever its loss; a kernel gives its loss and a certificate.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from gapprobe.kernels.descent import descend
+from gapprobe.kernels.losses import Loss
+from gapprobe.kernels.preconditioner import Subspace
+from gapprobe.kernels.standardised import Standardised
+
+ROUNDS = 3  # in float64, each aiming ten times lower
+MARGIN = 0.8  # of the tolerance, aimed at before the certificate is drawn up
+
+L = TypeVar("L", bound=Loss)
+Certificate = tuple[Float64[Tensor, "p c e"], Float64[Tensor, " p"], Float64[Tensor, " p"]]
+
+
+class NotConvergedError(ArithmeticError):
+    """A fit whose certified gap is larger than was asked for."""
+
+
+def reach(
+    features: Standardised,
+    space: Subspace,
+    loss: Callable[[torch.dtype, Tensor], L],
+    certify: Callable[[Standardised, L, Tensor, Tensor], Certificate],
+    again: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]],
+    problems: Int64[Tensor, " p"],
+    tolerance: float,
+    steps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Descend in float32, certify; take up again in float64 what that did not do for.
+
+    Args:
+        features: X, shared.
+        space: for the preconditioners, in float32.
+        loss: of some problems, in a dtype.
+        certify: returns the weights with the intercept put right, the objective, and the relative gap to the optimum.
+        again: takes weights, which problems they are of and a goal; returns better weights and the steps taken.
+        problems: which problems of `features` are fitted.
+        tolerance: largest gap aimed at.
+        steps: at most, in float32.
+
+    Returns:
+        Coefficients [p c d] and intercepts [p c] in raw coordinates, objectives, gaps and steps taken [p].
+    """
+    narrow = loss(torch.float32, problems)
+    start = narrow.start()
+    w = start.new_zeros(*start.shape, features.x.shape[1] + 1)
+    w[..., -1] = start
+    goal = MARGIN * tolerance
+    w, taken = descend(features, narrow, w, space, problems=problems, goal=goal, most=steps)
+    w, objective, gap = certify(features, loss(torch.float64, problems), w.double(), problems)
+    for _ in range(ROUNDS):
+        poor = torch.nonzero(~(gap <= tolerance))[:, 0]
+        if not len(poor):
+            break
+        own = problems[poor]
+        better, more = again(w[poor], own, goal)
+        w[poor], objective[poor], gap[poor] = certify(features, loss(torch.float64, own), better, own)
+        taken[poor] += more
+        goal /= 10
+    coef, intercept = features.view(problems, torch.float64).in_raw(w)
+    return coef, intercept, objective, gap, taken
+
+
+def check_gaps(gap: Float64[Tensor, " p"], strengths: Float64[Tensor, " p"], tolerance: float) -> None:
+    """Refuse fits that are further off than was asked for.
+
+    Raises:
+        NotConvergedError: naming the worst.
+    """
+    worst = int(gap.nan_to_num(torch.inf).argmax())
+    if not float(gap[worst]) <= tolerance:
+        raise NotConvergedError(
+            f"problem {worst} ended {float(gap[worst]):.1e} of its objective off the optimum, not {tolerance:.1e}: "
+            f"the features may be too badly scaled, or c={float(strengths[worst]):g} too large; rescale them or lower c"
+        )
+
+
+def check(x: Tensor, y: Tensor, weights: Tensor, c: Float64[Tensor, " p"]) -> None:
+    """Refuse what cannot be fitted; labels are Bool, or classes from 0.
+
+    Raises:
+        ValueError: naming the first thing that is wrong.
+    """
+    if not bool((c > 0).all()):
+        raise ValueError(f"c must be above 0, got {float(c.min())}")
+    if y.shape != weights.shape or y.shape[1] != x.shape[0]:
+        raise ValueError(f"labels {tuple(y.shape)} and weights {tuple(weights.shape)} must be [p, {x.shape[0]}]")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"row {int(torch.nonzero(~torch.isfinite(x))[0, 0])} of x holds NaN or infinity")
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise ValueError("weights must be finite and not negative")
+    if y.dtype != torch.bool and y.numel() and int(y.min()) < 0:
+        raise ValueError(f"classes are numbered from 0, got {int(y.min())}")
+    used = weights > 0
+    for label in (True, False) if y.dtype == torch.bool else range(int(y.max()) + 1 if y.numel() else 0):
+        missing = torch.nonzero(~((y == label) & used).any(1))
+        if len(missing):
+            raise ValueError(f"problem {int(missing[0])} has no row of class {label}; a fit needs every class")

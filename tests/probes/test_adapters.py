@@ -1,0 +1,148 @@
+"""Estimators against scikit-learn itself, and an ensemble of linear modules against certified logistic regression."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+from sklearn.svm import LinearSVC
+from torch import nn
+
+from gapprobe.errors import ConfigError, DataError
+from gapprobe.kernels import logistic
+from gapprobe.probes.adapters import from_module, from_sklearn
+
+
+def drawn(seed=0, n=90, d=5, p=3):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=g, dtype=torch.float64) * torch.logspace(-1, 1, d, dtype=torch.float64) + 2.0
+    y = (x @ torch.randn(d, p, generator=g, dtype=torch.float64) + torch.randn(n, p, generator=g)).T
+    y = y > y.median(1, keepdim=True).values
+    weights = torch.rand(p, n, generator=g).double() * (torch.rand(p, n, generator=g) < 0.8)
+    return x, y, weights, torch.tensor([0.1, 1.0, 10.0]).double()[:p]
+
+
+class Line(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.map = nn.Linear(d, 1)
+
+    def forward(self, x):
+        return self.map(x)[:, 0]
+
+
+@pytest.mark.parametrize("jobs", [None, 2])
+def test_estimators_are_fitted_as_by_hand(jobs):
+    x, y, weights, strengths = drawn()
+    probe = from_sklearn(LinearSVC(dual=False), strength="C", jobs=jobs)
+    assert (probe.name, probe.calibrated, len(probe.strengths)) == ("LinearSVC", False, 6)
+    scores = probe.fit(x, y, weights, strengths, 0).scores(x)
+    for i in range(3):
+        used = weights[i].numpy() > 0
+        z = StandardScaler().fit(x.numpy()[used]).transform(x.numpy())
+        own = LinearSVC(C=float(strengths[i]), dual=False, random_state=0)
+        own.fit(z[used], y[i].numpy()[used], sample_weight=weights[i].numpy()[used])
+        # Two standardisations that differ in rounding, and an iteration that stops at 1e-4.
+        np.testing.assert_allclose(scores[i], own.decision_function(z), rtol=1e-6, atol=1e-6)
+    assert not hasattr(probe.estimator, "coef_")
+
+
+def test_probabilities_become_finite_log_odds_by_seed():
+    x, y, weights, strengths = drawn()
+    probe = from_sklearn(RandomForestClassifier(20), name="forest")
+    assert (probe.name, probe.calibrated, probe.strengths) == ("forest", True, (1.0,))
+    scores = [probe.fit(x, y, weights, strengths, seed).scores(x) for seed in (0, 0, 1)]
+    assert bool(torch.isfinite(scores[0]).all())
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+
+
+def test_regressors_and_pipelines_are_probes_too():
+    x, y, weights, strengths = drawn()
+    line = from_sklearn(Ridge(), strength="alpha", standardise=False).fit(x, y, weights, strengths, 0).scores(x)
+    used = weights[0].numpy() > 0
+    own = Ridge(alpha=0.1).fit(x.numpy()[used], 2.0 * y[0].numpy()[used] - 1, sample_weight=weights[0].numpy()[used])
+    np.testing.assert_allclose(line[0], own.predict(x.numpy()), rtol=1e-8, atol=1e-8)
+    curved = make_pipeline(PolynomialFeatures(2), LogisticRegression())
+    with pytest.warns(UserWarning, match="takes no sample_weight"):
+        from_sklearn(curved, strength="logisticregression__C").fit(x, y, weights, strengths, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_sklearn(LinearDiscriminantAnalysis()).fit(x, y, (weights > 0).double() * 2, strengths, 0)
+
+
+def test_what_is_no_estimator_is_refused():
+    with pytest.raises(ConfigError, match="has no parameter 'C'; it has .*shrinkage"):
+        from_sklearn(LinearDiscriminantAnalysis(), strength="C")
+    with pytest.raises(ConfigError, match="gives no scores"):
+        from_sklearn(StandardScaler())
+    with pytest.raises(ConfigError, match="is no scikit-learn estimator"):
+        from_sklearn(3)
+    x, y, weights, strengths = drawn()
+    with pytest.raises(DataError, match="LinearSVC cannot fit problem 0"):
+        from_sklearn(LinearSVC(penalty="l1", loss="hinge")).fit(x, y, weights, strengths, 0)
+
+
+def test_linear_modules_are_logistic_regression():
+    x, y, weights, strengths = drawn()
+    probe = from_module(Line, name="line", steps=2000, lr=0.02, held_out=0.0)
+    ours = probe.fit(x, y, weights, strengths, 0).scores(x)
+    theirs = logistic.fit(x, y, weights, strengths, tolerance=1e-10).logits(x)
+    # Adam in float32 with a constant rate ends in steps of about the rate times its rounding.
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("batch", [1000, 16])
+def test_members_do_not_depend_on_their_neighbours(batch):
+    x, y, weights, strengths = drawn()
+
+    def make(d):
+        return nn.Sequential(nn.Linear(d, 8), nn.Tanh(), nn.Dropout(0.1), Line(8))
+
+    probe = from_module(make, name="m", steps=60, lr=0.01, batch=batch)
+    together = probe.fit(x, y, weights, strengths, 3).scores(x)
+    assert torch.equal(together, probe.fit(x, y, weights, strengths, 3).scores(x))
+    assert not torch.equal(together, probe.fit(x, y, weights, strengths, 4).scores(x))
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = probe.fit(x, y[one], weights[one], strengths[one], 3).scores(x)
+        # Sixty steps of Adam over sums that a wider product takes in another order.
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-3, atol=1e-3)
+    spoiled, other = x.clone(), y.clone()
+    unused = ~(weights[0] > 0)
+    spoiled[unused] = 1e5
+    other[0, unused] = ~other[0, unused]
+    again = probe.fit(spoiled, other[:1], weights[:1], strengths[:1], 3).scores(x)
+    torch.testing.assert_close(together[:1], again, rtol=1e-3, atol=1e-3)
+
+
+def test_training_leaves_the_random_numbers_of_others_alone():
+    x, y, weights, strengths = drawn()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    from_module(Line, name="line", steps=3).fit(x, y, weights, strengths, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_early_stopping_keeps_the_best_member():
+    """Labels of pure noise: what is learnt of them can only hurt the rows held out."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(80, 40, generator=g), torch.rand(1, 80, generator=g) < 0.5
+    weights, one = torch.ones(1, 80).double(), torch.tensor([1e3]).double()
+    fits = [from_module(Line, name="l", steps=500, lr=0.05, held_out=h).fit(x, y, weights, one, 0) for h in (0.0, 0.3)]
+    sizes = [float(fit.parameters["map.weight"].norm()) for fit in fits]
+    assert sizes[1] < sizes[0] / 3
+
+
+def test_modules_of_another_shape_are_refused():
+    x, y, weights, strengths = drawn()
+    with pytest.raises(ConfigError, match=r"it made \(2, 1\) of 2 rows"):
+        from_module(lambda d: nn.Linear(d, 1), name="m").fit(x, y, weights, strengths, 0)
+    with pytest.raises(ConfigError, match="needs steps"):
+        from_module(Line, name="m", steps=0)
