@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gapprobe.errors import DataError
-from gapprobe.probes.splits import nested_folds
+from gapprobe.probes.splits import joint_folds, nested_folds
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,3 +67,34 @@ def test_fewer_groups_than_inner_folds_get_fewer_inner_folds():
 def test_refusals_name_the_split(labels, target, message):
     with pytest.raises(DataError, match=message):
         nested_folds(labels, target, folds=3, seed=0, name="entity")
+
+
+def test_each_leaves_out_one_group_after_the_other():
+    rng = np.random.default_rng(0)
+    groups, target = np.arange(80) % 8, rng.random(80) < 0.5
+    cut = nested_folds(groups, target, folds="each", seed=0, name="entity")
+    assert len(cut.inner) == 8
+    for fold in range(8):
+        assert len(np.unique(groups[cut.outer == fold])) == 1
+        assert int(cut.inner[fold].max()) + 1 == 5
+    with pytest.raises(DataError, match="needs groups"):
+        nested_folds(None, target, folds="each", seed=0, name="random")
+
+
+@pytest.mark.parametrize("folds", [4, 5, 9])
+def test_a_row_held_out_jointly_shares_neither_group_with_training(folds):
+    rng = np.random.default_rng(1)
+    question, entity = (codes.ravel() for codes in np.meshgrid(np.arange(12), np.arange(15)))
+    target = rng.random(180) < 0.5
+    cut = joint_folds(question, entity, target, folds=folds, seed=0, name="joint")
+    assert len(cut.inner) == {4: 4, 5: 9, 9: 9}[folds]
+    assert set(cut.outer) == set(range(len(cut.inner)))  # every row is held out once
+    for fold in range(len(cut.inner)):
+        held, training = cut.outer == fold, cut.training[fold]
+        assert not held[training].any()
+        assert not set(question[held]) & set(question[training])
+        assert not set(entity[held]) & set(entity[training])
+        for part in cut.inner_training(fold):
+            assert not set(entity[part]) & set(entity[training & ~part])
+    with pytest.raises(DataError, match="1 groups cannot fill 2 parts"):
+        joint_folds(np.zeros(180), entity, target, folds=4, seed=0, name="joint")

@@ -322,3 +322,19 @@ def test_the_figure_draws_what_the_table_says(image_decides):
     table = sweep.table.query("split == 'entity' and kind == 'probe'")
     assert any(np.array_equal(line.y, table.auc) for line in lines)
     assert {trace.name for trace in figure.data if trace.name} == {"logistic", "shuffled", "question_only", "layer_0"}
+
+
+def test_splits_by_two_kinds_jointly_and_one_group_after_the_other(stored):
+    rows, _, store, arguments = stored
+    ids = list(rows.ids)
+    pair = (series(rows.relation, ids), series(rows.entity, ids))
+    joint = sweep_probes(store, **arguments(splits={"joint": pair}, folds=4)).cell(split="joint")
+    for fold in range(4):
+        held, training = joint.folds.outer == fold, joint.folds.training[fold]
+        assert not set(rows.entity[held]) & set(rows.entity[training])
+        assert not set(rows.relation[held]) & set(rows.relation[training])
+    assert np.isfinite(joint.nested.scores).all()
+    each = sweep_probes(store, **arguments(splits={"entity": series(rows.entity, ids)}, folds="each")).cell()
+    assert len(each.folds.inner) == 4
+    with pytest.raises(DataError, match="one kind of groups only"):
+        sweep_probes(store, **arguments(splits={"joint": pair}, folds="each"))

@@ -62,7 +62,7 @@ def question_scores(
     one_hot = np.concatenate([np.eye(int(code.max()) + 1)[code] for code in codes[:2]], axis=1)
     scores = np.empty(len(target))
     for fold in range(len(cut.inner)):
-        training, held_out = cut.training[fold], ~cut.training[fold]
+        training, held_out = cut.training[fold], cut.outer == fold
         rates = _rates(codes, target, training)
         for part, sources in enumerate(cut.inner_training(fold)):
             rows = cut.inner[fold] == part

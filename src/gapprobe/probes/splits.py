@@ -1,12 +1,16 @@
 """Which rows a probe learns from and which it is judged on: folds by group, nested. No activations are known here."""
 
+import math
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
 from gapprobe.errors import DataError
+
+INNER = 5  # inner folds where the outer ones are many
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,8 @@ class NestedFolds:
 
     Attributes:
         outer: the fold that holds each row out.
-        inner: for each outer fold the inner fold that holds each training row out; -1 where the outer fold does.
+        inner: for each outer fold the inner fold that holds each training row out; -1 where the outer fold does, or
+            where a row is left out of it for what it shares with rows held out.
         groups: how many groups the rows fall into.
         one_class_groups: how many of them hold one class only; the more, the more a group's identity tells the label.
     """
@@ -37,7 +42,12 @@ class NestedFolds:
 
 
 def nested_folds(
-    groups: Shaped[np.ndarray, " n"] | None, target: Bool[np.ndarray, " n"], *, folds: int, seed: int, name: str
+    groups: Shaped[np.ndarray, " n"] | None,
+    target: Bool[np.ndarray, " n"],
+    *,
+    folds: int | Literal["each"],
+    seed: int,
+    name: str,
 ) -> NestedFolds:
     """Cut rows into folds so that no group is on both sides, sizes and classes as even as the groups allow.
 
@@ -47,17 +57,21 @@ def nested_folds(
     Args:
         groups: label of each row's group, or None for a random split by rows.
         target: class of each row.
-        folds: number of outer folds, at least 2.
+        folds: number of outer folds, at least 2; "each" leaves out one group after the other, with five inner folds.
         seed: of the shuffling; the split's name is part of it.
         name: of the split, for messages.
 
     Raises:
         DataError: fewer groups than folds, a missing label, or training rows of one class only.
     """
-    if folds < 2:
-        raise DataError(f"split by {name}: {folds} folds asked for, at least 2 are needed")
+    if folds == "each" and groups is None:
+        raise DataError(f"split by {name}: leaving out one group after the other needs groups")
     codes = _codes(groups, len(target), name)
     count = int(codes.max()) + 1 if len(codes) else 0
+    inner_folds = INNER if folds == "each" else folds
+    folds = count if folds == "each" else folds
+    if folds < 2:
+        raise DataError(f"split by {name}: {folds} folds asked for, at least 2 are needed")
     if count < folds:
         raise DataError(f"split by {name}: {count} groups cannot fill {folds} folds; use fewer folds or more groups")
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -66,12 +80,61 @@ def nested_folds(
     for fold in range(folds):
         training = outer != fold
         own = np.unique(codes[training], return_inverse=True)[1]
-        parts = min(folds, int(own.max()) + 1)
+        parts = min(inner_folds, int(own.max()) + 1)
         if parts < 2:
             raise DataError(f"split by {name}: fold {fold} trains on one group only; more groups are needed")
         inner[fold, training] = _deal(own, target[training], parts, rng)
     positives, sizes = np.bincount(codes, target), np.bincount(codes)
     cut = NestedFolds(outer, inner, count, int(((positives == 0) | (positives == sizes)).sum()))
+    _check_classes(cut, target, name)
+    return cut
+
+
+def joint_folds(
+    first: Shaped[np.ndarray, " n"],
+    second: Shaped[np.ndarray, " n"],
+    target: Bool[np.ndarray, " n"],
+    *,
+    folds: int,
+    seed: int,
+    name: str,
+) -> NestedFolds:
+    """Cut rows by two kinds of groups at once: a held-out row shares neither with any training row.
+
+    Groups of each kind are dealt to about sqrt(folds) parts; an outer fold holds out the rows of one part of each and
+    trains on the rows that are in neither, so that its training rows are fewer than of a split by one kind. Inner folds
+    keep the groups of the second kind together.
+
+    Args:
+        first: label of each row's group of one kind, such as the question.
+        second: of the other, such as the entity.
+        target: class of each row.
+        folds: about how many outer folds: the next square, 4, 9, 16, …
+        seed: of the shuffling; the split's name is part of it.
+        name: of the split, for messages.
+
+    Raises:
+        DataError: fewer groups than parts, a missing label, or training rows of one class only.
+    """
+    parts = max(2, math.isqrt(max(1, folds - 1)) + 1)
+    kinds = [_codes(groups, len(target), name) for groups in (first, second)]
+    for codes in kinds:
+        count = int(codes.max()) + 1 if len(codes) else 0
+        if count < parts:
+            raise DataError(f"split by {name}: {count} groups cannot fill {parts} parts; use fewer folds")
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    dealt = [_deal(codes, target, parts, rng) for codes in kinds]
+    outer = dealt[0] * parts + dealt[1]
+    inner = np.full((parts * parts, len(target)), -1)
+    for fold in range(parts * parts):
+        training = (dealt[0] != fold // parts) & (dealt[1] != fold % parts)
+        own = np.unique(kinds[1][training], return_inverse=True)[1]
+        count = int(own.max()) + 1 if len(own) else 0
+        if count < 2:
+            raise DataError(f"split by {name}: fold {fold} trains on {count} groups; more are needed")
+        inner[fold, training] = _deal(own, target[training], min(INNER, count), rng)
+    positives, sizes = np.bincount(kinds[1], target), np.bincount(kinds[1])
+    cut = NestedFolds(outer, inner, len(sizes), int(((positives == 0) | (positives == sizes)).sum()))
     _check_classes(cut, target, name)
     return cut
 

@@ -26,7 +26,7 @@ from gapprobe.probes.base import Probe, find_probe
 from gapprobe.probes.controls import question_scores, shuffled_targets
 from gapprobe.probes.kept import Kept
 from gapprobe.probes.plan import HeldOut, Nested, Problems, choose
-from gapprobe.probes.splits import NestedFolds, nested_folds
+from gapprobe.probes.splits import NestedFolds, joint_folds, nested_folds
 from gapprobe.probes.verdict import Verdict, judge
 from gapprobe.stats import Estimate
 from gapprobe.store.reader import Store
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 Control = Literal["shuffled", "question_only", "layer_0"]
 CONTROLS: tuple[Control, ...] = ("shuffled", "question_only", "layer_0")
 Labels = Shaped[np.ndarray, " n"]
-Split = pd.Series | str | None
+Split = pd.Series | str | tuple[pd.Series | str, pd.Series | str] | None
+Groups = Labels | tuple[Labels, Labels] | None
 Read = Callable[[str, int], Float[Tensor, "n d"]]
 
 
@@ -52,7 +53,8 @@ class Rows:
         entity: entity that it is about.
         question: cluster of the bootstrap: rows that share a question.
         image: the other cluster: rows that share an image.
-        splits: for each split the group of each row, or None to split by rows at random.
+        splits: for each split the group of each row, two such for a split by both jointly, or None to split by rows at
+            random.
     """
 
     ids: tuple[str, ...]
@@ -61,7 +63,7 @@ class Rows:
     entity: Labels | None
     question: Labels
     image: Labels
-    splits: Mapping[str, Labels | None]
+    splits: Mapping[str, Groups]
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def sweep_probes(
     questions: pd.DataFrame | None = None,
     clusters: tuple[pd.Series, pd.Series] | pd.Series | str | None = None,
     controls: Sequence[Control] | None = None,
-    folds: int = 5,
+    folds: int | Literal["each"] = 5,
     permutations: int = 5,
     seed: int | Sequence[int] = 0,
     replicates: int = 1000,
@@ -222,13 +224,15 @@ def sweep_probes(
         probe: by name (`gp.known_probes()`), or an instance; or several.
         layers: layers to sweep, or "all" that the store holds.
         strengths: for all probes; each probe's own where left out.
-        splits: name of each split and the group of every row, indexed by id, or a column of `store.rows`; None splits
-            by rows at random, which is also what happens without any.
+        splits: name of each split and the group of every row, indexed by id, or a column of `store.rows`; two of them
+            for a split by both jointly, in which a held-out row shares neither with training; None splits by rows at
+            random, which is also what happens without any.
         questions: columns `relation` and `entity`, indexed by id, for the question-only control.
         clusters: what rows share, for the bootstrap: question and image of every row, or one column; each row is its
             own cluster where left out.
         controls: which controls to run; all that can be run where left out.
-        folds: outer folds; the inner ones are as many, or as many as there are groups.
+        folds: outer folds, the inner ones are as many, or as many as there are groups; "each" leaves out one group
+            after the other.
         permutations: of the control with shuffled labels.
         seed: of folds, permutations, probes and bootstrap, or several to repeat everything.
         replicates: of the bootstrap.
@@ -283,7 +287,7 @@ def sweep_probes(
         question=own if pair[0] is None else column(pair[0], "question cluster"),
         image=one if pair[1] is None else column(pair[1], "image cluster"),
         splits={
-            name: None if s is None else column(s, f"groups of split {name}")
+            name: _groups(s, lambda given, name=name: column(given, f"groups of split {name}"))
             for name, s in (splits or {"random": None}).items()
         },
     )
@@ -316,7 +320,7 @@ def sweep_layers(
     strengths: Sequence[float] | None = None,
     seeds: Sequence[int],
     controls: Sequence[Control] = CONTROLS,
-    folds: int = 5,
+    folds: int | Literal["each"] = 5,
     permutations: int = 5,
     replicates: int = 1000,
     kept: Kept | None = None,
@@ -340,7 +344,7 @@ def sweep_layers(
     runs = permutations if "shuffled" in controls else 0
     problems: dict[tuple[str, str, int], Problems] = {}
     for target, (split, groups), seed in product(rows.targets, rows.splits.items(), seeds):
-        cut = nested_folds(groups, rows.targets[target], folds=folds, seed=seed, name=split)
+        cut = _cut(groups, rows.targets[target], folds, seed, split)
         own_seed = zlib.crc32(f"{seed} {split}".encode())
         shuffled = shuffled_targets(rows.targets[target], cut.outer, runs, own_seed)
         problems[target, split, seed] = Problems.of(cut, rows.targets[target], shuffled)
@@ -383,6 +387,22 @@ def sweep_layers(
         ids=rows.ids,
         cells=cells,
     )
+
+
+def _groups(given: Split, column: Callable[[pd.Series | str], np.ndarray]) -> Groups:
+    if isinstance(given, tuple):
+        return column(given[0]), column(given[1])
+    return None if given is None else column(given)
+
+
+def _cut(
+    groups: Groups, target: Bool[np.ndarray, " n"], folds: int | Literal["each"], seed: int, name: str
+) -> NestedFolds:
+    if not isinstance(groups, tuple):
+        return nested_folds(groups, target, folds=folds, seed=seed, name=name)
+    if folds == "each":
+        raise DataError(f"split by {name}: one group after the other can be left out of one kind of groups only")
+    return joint_folds(*groups, target, folds=folds, seed=seed, name=name)
 
 
 Held = dict[tuple[str, int, str, tuple[str, str, int]], HeldOut]
