@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gapprobe.probes.controls import control_task as control_task
     from gapprobe.probes.directions import load_direction as load_direction
     from gapprobe.probes.directions import probe_direction as probe_direction
+    from gapprobe.probes.estimator import ProbeClassifier as ProbeClassifier
     from gapprobe.probes.leakage import leakage_report as leakage_report
     from gapprobe.probes.sweep import sweep_probes as sweep_probes
     from gapprobe.report.page import write_report as write_report
@@ -91,6 +92,7 @@ _HOMES = {
     "LinearFits": "gapprobe.probes.base",
     "online_code": "gapprobe.probes.codelength",
     "control_task": "gapprobe.probes.controls",
+    "ProbeClassifier": "gapprobe.probes.estimator",
     "leakage_report": "gapprobe.probes.leakage",
     "probe_direction": "gapprobe.probes.directions",
     "load_direction": "gapprobe.probes.directions",
