@@ -20,7 +20,8 @@ MEMORY = 5  # pairs of step and change of gradient; 10 saves 3 % of the steps an
 OWN = (15, 50, 120, 240)  # steps after which a problem's own Hessian is taken, if it still runs
 SLOPE = 0.5  # a step is taken when the slope at its end is this share of the slope at its start
 TRIALS = 20
-PATIENCE = 20  # steps in which a gradient that no longer shrinks is put down to rounding
+PATIENCE = {torch.float32: 12, torch.float64: 100}  # steps without a smaller gradient or value: only rounding is left
+SMALLER = 1e-6  # share of its value by which an objective must fall to count: float32 cannot tell less
 
 
 class History:
@@ -122,19 +123,20 @@ def descend(
     preconditioner = Shared.of(space, loss.curvature(point).flatten(0, 1))
     history = History(weights)
     gain = torch.ones_like(weights[:, 0])
-    best, since = torch.full_like(gain, torch.inf), torch.zeros_like(gain, dtype=torch.int64)
+    best, lowest = torch.full_like(gain, torch.inf), torch.full_like(gain, torch.inf)
+    since = torch.zeros_like(gain, dtype=torch.int64)
     stuck = torch.zeros_like(gain, dtype=torch.bool)
     for step in range(most + 1):
         value = loss.value(turned) + torch.linalg.vecdot(weights, weights * penalised) / 2
         left = _left(gradient.view(-1, c, e), loss, point)
-        better = left < 0.9 * best
-        since, best = torch.where(better, 0, since + 1), torch.minimum(best, left)
-        done = (left <= goal * value) | (since > PATIENCE) | stuck | (not step < most)
+        better = (left < 0.9 * best) | (value < (1.0 - SMALLER) * lowest)
+        since, best, lowest = torch.where(better, 0, since + 1), torch.minimum(best, left), torch.minimum(lowest, value)
+        done = (left <= goal * value) | (since > PATIENCE[weights.dtype]) | stuck | (not step < most)
         if bool(done.any()):
             done_weights[rows[done]], done_steps[rows[done]] = weights[done].view(-1, c, e), step
             on = ~done
             rows, weights, turned, gradient = rows[on], weights[on], turned[on], gradient[on]
-            gain, best, since = gain[on], best[on], since[on]
+            gain, best, lowest, since = gain[on], best[on], lowest[on], since[on]
             view, loss, point = view.keep(on), loss.keep(on), point.keep(on)
             preconditioner = preconditioner.keep(on.repeat_interleave(c))
             history.keep(on)

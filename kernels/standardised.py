@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 BLOCK = 1 << 18  # numbers of X handled at once in float64: they should stay in the cache
-ROWS = 2048  # rows a product takes at once: longer products run a third slower
+ROWS = 1024  # rows a product takes at once: longer products run up to a third slower
 
 
 class Standardised:
