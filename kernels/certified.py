@@ -63,8 +63,13 @@ def reach(
         if not len(poor):
             break
         own = problems[poor]
-        better, more = again(w[poor], own, goal)
-        w[poor], objective[poor], gap[poor] = certify(features, loss(torch.float64, own), better, own)
+        before = gap[poor]
+        # What is further off than no weights at all is no place to go on from, nor what has overflowed.
+        better, more = again(w[poor].where((before < 1.0)[:, None, None], 0.0), own, goal)
+        found = certify(features, loss(torch.float64, own), better, own)
+        better_off = found[2].nan_to_num(torch.inf) <= before.nan_to_num(torch.inf)
+        for kept, new in zip((w, objective, gap), found, strict=True):
+            kept[poor[better_off]] = new[better_off]
         taken[poor] += more
         goal /= 10
     coef, intercept = features.view(problems, torch.float64).in_raw(w)

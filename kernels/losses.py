@@ -110,9 +110,17 @@ class Binary:
         """Return s q (1 - q)."""
         return point.residual * (1.0 - point.share)
 
+    def between(self, point: Point) -> Float[Tensor, "p c c n"]:
+        """Return the second derivative by every pair of a row's logits."""
+        return self.curvature(point)[:, None]
+
     def keep(self, problems: Tensor) -> Binary:
         """Return the loss of some problems."""
         return Binary(self.sign[problems], self.weight[problems])
+
+    def of_rows(self, rows: Bool[Tensor, " n"]) -> Binary:
+        """Return the loss of some rows."""
+        return Binary(self.sign[..., rows], self.weight[..., rows])
 
 
 @dataclass(frozen=True)
@@ -207,9 +215,18 @@ class Multinomial:
         """Return s q (1 - q) of each class."""
         return self.weight * point.share * (1.0 - point.share)
 
+    def between(self, point: Point) -> Float[Tensor, "p c c n"]:
+        """Return s (q_a 1[a = b] - q_a q_b), the second derivative by every pair of a row's logits."""
+        weighted = self.weight * point.share
+        return torch.diag_embed(weighted.mT).movedim(1, -1) - weighted[:, :, None] * point.share[:, None]
+
     def keep(self, problems: Tensor) -> Multinomial:
         """Return the loss of some problems."""
         return Multinomial(self.hot[problems], self.weight[problems])
+
+    def of_rows(self, rows: Bool[Tensor, " n"]) -> Multinomial:
+        """Return the loss of some rows."""
+        return Multinomial(self.hot[..., rows], self.weight[..., rows])
 
 
 def _dot(a: Float[Tensor, "p c n"], b: Float[Tensor, "p c n"]) -> Float[Tensor, " p"]:

@@ -154,6 +154,7 @@ def test_a_fit_that_does_not_reach_the_tolerance_says_so(monkeypatch):
     x, y = problem(5, 40, 3)
     monkeypatch.setattr(logistic, "STEPS", 1)
     monkeypatch.setattr(logistic, "MORE_STEPS", 0)
+    monkeypatch.setattr(logistic, "NEWTON", 0)
     with pytest.raises(logistic.NotConvergedError, match=r"problem 0 ended .* lower c"):
         logistic.fit(x, y[None], torch.ones(1, 40), 100.0)
 
@@ -207,6 +208,24 @@ def test_several_classes_reach_scikit_learns_optimum(seed, n, d, classes, c, spr
     readable, free = logistic.reference(x, y, weights, c)
     logits = readable @ x.T + free[:, None]
     np.testing.assert_allclose(torch.log_softmax(logits, 0).T.numpy(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("spoil", ["rows twice", "columns twice", "far from 0", "few rows"])
+def test_no_penalty_to_speak_of_is_still_fitted(spoil, classes):
+    """What descent cannot reach, in float32 or float64, is left to Newton's method: a weak penalty on awkward rows."""
+    n, d = (18, 120) if spoil == "few rows" else (120, 105)
+    x, y = several(15, n, d, classes, spread=2.0)
+    if spoil == "rows twice":
+        x[n // 2 :] = x[: n // 2].clone()
+    if spoil == "columns twice":
+        x[:, ::3] = x[:, :1].clone()
+    if spoil == "far from 0":
+        x += 1e3 * x.std()
+    strengths = torch.tensor([1e-4, 3e2, 3e4])
+    fits = logistic.fit(x.float(), y.expand(3, n), torch.ones(3, n), strengths)
+    assert float(fits.gap.max()) <= 1e-6
+    assert bool(fits.coef.isfinite().all())
 
 
 def test_strengths_are_given_a_problem():
