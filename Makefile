@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= gapprobe-demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint types layers unit browser bench soak seeds wheel clean
+.PHONY: help demo test lint types layers unit browser bench bench-gpu soak seeds wheel clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,9 @@ bench: $(VENV)/.dev ## store, capture and probes against their peers, then the d
 	$(BIN)/python -m benchmarks.capture
 	$(BIN)/python -m benchmarks.probes
 	$(BIN)/python -m benchmarks.demo
+
+bench-gpu: $(VENV)/.dev ## the Triton kernels against torch.matmul, where there is a GPU
+	$(BIN)/python -m benchmarks.gpu
 
 soak: $(VENV)/.dev ## kill and fuzz the store for half an hour (tests/soak/README.md)
 	$(PIP) -e '.[soak]'

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from gapprobe.kernels import products
+
 BLOCK = 1 << 18  # numbers of X handled at once in float64: they should stay in the cache
 ROWS = 1024  # rows a product takes at once: longer products run up to a third slower
 
@@ -69,7 +71,9 @@ class View:
         flat = raw.flatten(0, 1)
         n = len(self.of.x)
         out = flat.new_empty(len(flat), n)
-        if flat.dtype == torch.float32:
+        if flat.dtype == torch.float32 and products.on_gpu(flat):
+            out = products.logits(self.of.shared[:, :-1], flat)
+        elif flat.dtype == torch.float32:
             for start in range(0, n, ROWS):
                 torch.mm(flat, self.of.shared[start : start + ROWS].T, out=out[:, start : start + ROWS])
         else:
@@ -83,7 +87,9 @@ class View:
         flat = residual.flatten(0, 1)
         n, d = self.of.x.shape
         out = flat.new_zeros(len(flat), d + 1)
-        if flat.dtype == torch.float32:
+        if flat.dtype == torch.float32 and products.on_gpu(flat):
+            out = products.pull(self.of.shared[:, :-1], flat)
+        elif flat.dtype == torch.float32:
             for start in range(0, n, ROWS):
                 out.addmm_(flat[:, start : start + ROWS], self.of.shared[start : start + ROWS])
         else:

@@ -1,0 +1,65 @@
+"""The products over X on a GPU: Triton's kernels against torch.matmul in the same run. Not part of `make bench`.
+
+`python -m benchmarks.gpu` prints medians of X [33 layers, 2,000 rows, width 4,096] and 64 problems a layer, and errors
+against float64. torch multiplies float32, as the kernels do in effect: X in 16 bits it has to widen first.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+from gapprobe.kernels import products
+
+LAYERS, ROWS, WIDTH, PROBLEMS, RUNS = 33, 2000, 4096, 64, 20
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return the median time on the device, after three runs that compile and warm up."""
+    for _ in range(3):
+        work()
+    times: list[float] = []
+    for _ in range(RUNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return median(times)
+
+
+def main() -> None:
+    """Time and compare, or say that there is no GPU."""
+    device = torch.device("cuda")
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a GPU that torch can use (CUDA or ROCm): there is none here")
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, medians of {RUNS} runs")
+    weights = torch.randn(LAYERS, PROBLEMS, WIDTH + 1, device=device) / WIDTH**0.5
+    turned, residual, weight = torch.rand(3, LAYERS, PROBLEMS, ROWS, device=device)
+    sign = torch.ones_like(turned)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.randn(LAYERS, ROWS, WIDTH, device=device).to(dtype)
+        step = (x, weights, turned, sign, weight)
+        truth = (
+            products.step_reference(*(part[:1] for part in step)).along,
+            products.pull_reference(x[:1], residual[:1]),
+        )
+        for name, ours, theirs, right in (
+            ("step", lambda: products.step(*step).along, lambda: products.step_by_torch(*step).along, truth[0]),  # noqa: B023  called at once
+            ("pull", lambda: products.pull(x, residual), lambda: products.pull_by_torch(x, residual), truth[1]),  # noqa: B023  called at once
+        ):
+            wrong = [float((made()[:1] - right).norm() / right.norm()) for made in (ours, theirs)]
+            took = [seconds(made) for made in (ours, theirs)]
+            print(
+                f"{name} {dtype}: ours {took[0] * 1e3:.3f} ms, error {wrong[0]:.1e}; "
+                f"torch {took[1] * 1e3:.3f} ms, error {wrong[1]:.1e}; {took[1] / took[0]:.2f} times as fast"
+            )
+
+
+if __name__ == "__main__":
+    main()
