@@ -11,6 +11,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from gapprobe.kernels import products
 
@@ -44,21 +45,25 @@ def main() -> None:
     sign = torch.ones_like(turned)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.randn(LAYERS, ROWS, WIDTH, device=device).to(dtype)
-        step = (x, weights, turned, sign, weight)
-        truth = (
-            products.step_reference(*(part[:1] for part in step)).along,
-            products.pull_reference(x[:1], residual[:1]),
-        )
-        for name, ours, theirs, right in (
-            ("step", lambda: products.step(*step).along, lambda: products.step_by_torch(*step).along, truth[0]),  # noqa: B023  called at once
-            ("pull", lambda: products.pull(x, residual), lambda: products.pull_by_torch(x, residual), truth[1]),  # noqa: B023  called at once
-        ):
-            wrong = [float((made()[:1] - right).norm() / right.norm()) for made in (ours, theirs)]
-            took = [seconds(made) for made in (ours, theirs)]
-            print(
-                f"{name} {dtype}: ours {took[0] * 1e3:.3f} ms, error {wrong[0]:.1e}; "
-                f"torch {took[1] * 1e3:.3f} ms, error {wrong[1]:.1e}; {took[1] / took[0]:.2f} times as fast"
-            )
+        _products(x, (weights, turned, sign, weight), residual)
+
+
+def _products(x: Tensor, rest: tuple[Tensor, Tensor, Tensor, Tensor], residual: Tensor) -> None:
+    """Compare both products of one X; errors are those of the first layer."""
+    step = (x, *rest)
+    along = products.step_reference(*(part[:1] for part in step)).along
+    back = products.pull_reference(x[:1], residual[:1])
+    _compare(f"step {x.dtype}", lambda: products.step(*step).along, lambda: products.step_by_torch(*step).along, along)
+    _compare(f"pull {x.dtype}", lambda: products.pull(x, residual), lambda: products.pull_by_torch(x, residual), back)
+
+
+def _compare(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], right: Tensor) -> None:
+    wrong = [float((made()[:1] - right).norm() / right.norm()) for made in (ours, theirs)]
+    took = [seconds(made) for made in (ours, theirs)]
+    print(
+        f"{name}: ours {took[0] * 1e3:.3f} ms, error {wrong[0]:.1e}; "
+        f"torch {took[1] * 1e3:.3f} ms, error {wrong[1]:.1e}; {took[1] / took[0]:.2f} times as fast"
+    )
 
 
 if __name__ == "__main__":

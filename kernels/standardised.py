@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from gapprobe.kernels import products
+from gapprobe.kernels.moments import blocks, standard
 
-BLOCK = 1 << 18  # numbers of X handled at once in float64: they should stay in the cache
 ROWS = 1024  # rows a product takes at once: longer products run up to a third slower
 
 
@@ -37,12 +37,12 @@ class Standardised:
         n, d = x.shape
         rows, self.group = torch.unique(used, dim=0, return_inverse=True)
         self.x = x
-        base, mean, deviation = _moments(x, torch.cat([rows, torch.ones_like(rows[:1])]))
-        self.centre, self.spread = base + mean[-1], deviation[-1]
+        mean, deviation = standard(x, torch.cat([rows, torch.ones_like(rows[:1])]))
+        self.centre, self.spread = mean[-1], deviation[-1]
         self.mean, self.scale = (mean[:-1] - mean[-1]) / self.spread, deviation[:-1] / self.spread
         self.shared = x.new_zeros(n, d + 16, dtype=torch.float32)[:, : d + 1]  # rows stay aligned
         self.shared[:, d] = 1.0
-        for block in _blocks(n, d):
+        for block in blocks(n, d):
             self.shared[block, :d] = (x[block].double() - self.centre) / self.spread
 
     def view(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> View:
@@ -78,7 +78,7 @@ class View:
                 torch.mm(flat, self.of.shared[start : start + ROWS].T, out=out[:, start : start + ROWS])
         else:
             coef, free = flat[:, :-1] / self.of.spread, flat[:, -1:]
-            for block in _blocks(*self.of.x.shape):
+            for block in blocks(*self.of.x.shape):
                 out[:, block] = coef @ (self.of.x[block].double() - self.of.centre).T + free
         return out.unflatten(0, weights.shape[:2])
 
@@ -93,7 +93,7 @@ class View:
             for start in range(0, n, ROWS):
                 out.addmm_(flat[:, start : start + ROWS], self.of.shared[start : start + ROWS])
         else:
-            for block in _blocks(n, d):
+            for block in blocks(n, d):
                 out[:, :-1] += flat[:, block] @ (self.of.x[block].double() - self.of.centre)
             out[:, :-1] /= self.of.spread
             out[:, -1] = flat.sum(1)
@@ -108,37 +108,3 @@ class View:
         free = weights[..., -1] - (coef * self.mean).sum(-1)
         coef = coef / self.of.spread
         return coef, free - coef @ self.of.centre
-
-
-def _blocks(n: int, d: int) -> list[slice]:
-    step = max(1, BLOCK // d)
-    return [slice(start, start + step) for start in range(0, n, step)]
-
-
-def _moments(
-    x: Float[Tensor, "n d"], groups: Bool[Tensor, "g n"]
-) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "g d"], Float64[Tensor, "g d"]]:
-    """Return a base, each group's mean less the base, and its deviation; 1 for a deviation that is only rounding."""
-    n, d = x.shape
-    base = x[: 1 << 8].double().mean(0)
-    count = groups.sum(1, keepdim=True).double()
-    first, second = x.new_zeros(2, len(groups), d, dtype=torch.float64)
-    weights = groups.double()
-    for block in _blocks(n, d):
-        chunk = x[block].double() - base
-        first += weights[:, block] @ chunk
-        second += weights[:, block] @ chunk.mul_(chunk)
-    mean, square = first / count, second / count
-    variance = square - mean * mean
-    # Far from the base the difference of squares loses its digits: such features are taken about their own mean.
-    for own_mean, own_variance, own_square, rows in zip(mean, variance, square, groups, strict=True):
-        columns = torch.nonzero(own_variance <= 1e-6 * own_square)[:, 0]
-        if len(columns):
-            part = x[rows][:, columns].double() - base[columns]
-            own_mean[columns] = part.mean(0)
-            own_variance[columns] = (part - own_mean[columns]).square().mean(0)
-    eps = torch.finfo(torch.float64).eps
-    # scikit-learn's bound on the rounding of a variance (StandardScaler), plus what taking off the base has cost: at or
-    # below it the feature is constant.
-    bound = count * eps * variance + (count * (mean.abs() + base.abs()) * eps) ** 2
-    return base, mean, torch.where(variance <= bound, 1.0, variance.sqrt())

@@ -7,7 +7,7 @@ from torch import nn
 
 from gapprobe.errors import DataError
 from gapprobe.probes.adapters import from_module, from_sklearn
-from gapprobe.probes.base import LinearFits, check_classes, find_probe, known_probes
+from gapprobe.probes.base import LinearFits, check_problems, find_probe, known_probes
 from gapprobe.testing import check_probe
 
 
@@ -20,7 +20,7 @@ class Nearest:
 
     def fit(self, x, y, weights, strengths, seed):
         del strengths, seed
-        check_classes(y, weights)
+        check_problems(x, y, weights)
         coef, intercept = [], []
         for labels, own in zip(y, weights, strict=True):
             positive, negative = own * labels, own * ~labels

@@ -164,7 +164,7 @@ def _one_class(probe: Probe, planted: Planted) -> None:
             continue
         except Exception as error:
             raise AssertionError(f"probe {probe.name!r}: one class raises {error!r}, not DataError") from error
-        _claim(False, probe, f"must refuse a problem whose rows are all {label} with DataError; see check_classes")
+        _claim(False, probe, f"must refuse a problem whose rows are all {label} with DataError; see check_problems")
 
 
 def _flipped(probe: Probe, planted: Planted) -> None:

@@ -13,8 +13,9 @@ from sklearn.preprocessing import StandardScaler
 from gapprobe import stats
 from gapprobe.errors import ConfigError, DataError
 from gapprobe.kernels import logistic
-from gapprobe.probes.base import find_probe
+from gapprobe.probes.base import LinearFits, find_probe
 from gapprobe.probes.kept import Kept
+from gapprobe.probes.kinds.logistic import Logistic
 from gapprobe.probes.plan import Problems, choose
 from gapprobe.probes.sweep import Key, sweep_layers, sweep_probes
 from tests.probes.planted import planted
@@ -338,3 +339,58 @@ def test_splits_by_two_kinds_jointly_and_one_group_after_the_other(stored):
     assert len(each.folds.inner) == 4
     with pytest.raises(DataError, match="one kind of groups only"):
         sweep_probes(store, **arguments(splits={"joint": pair}, folds="each"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "odd"), [(["yes", "no"], "yes"), ([0, 2], "2"), ([0.0, 0.3], "0.3"), (["False", "True"], "False")]
+)
+def test_labels_that_are_not_truth_values_are_refused(stored, labels, odd):
+    """A word or a count would all be "true"."""
+    rows, _, store, arguments = stored
+    target = pd.Series(np.resize(labels, len(rows.ids)), index=list(rows.ids), name="said")
+    with pytest.raises(DataError, match=f"labels 'said' must be true or false, or 1 and 0; one of them is .*{odd}"):
+        sweep_probes(store, **arguments(target=target))
+
+
+def test_zeros_and_ones_are_labels(stored):
+    rows, _, store, arguments = stored
+    settings = {"splits": {"random": None}, "replicates": 5}
+    counted = sweep_probes(store, **arguments(target=series(target_of(rows).astype(int), rows.ids), **settings))
+    np.testing.assert_array_equal(counted.cell().problems.target, target_of(rows))
+
+
+def test_two_probes_of_one_name_are_refused(stored):
+    _, _, store, arguments = stored
+    with pytest.raises(DataError, match="have one name"):
+        sweep_probes(store, **arguments(probe=["logistic", Logistic(1e-8)]))
+
+
+class Seeded:
+    """Scores nobody can know but from the seed."""
+
+    name, strengths, calibrated = "seeded", (1.0,), False
+
+    def __init__(self, make=None):
+        self.make = make
+
+    def fit(self, x, y, weights, strengths, seed):
+        del weights, strengths
+        return LinearFits(torch.full((len(y), x.shape[1]), float(seed)).double(), torch.zeros(len(y)).double())
+
+
+def test_each_seed_is_the_probes_own_seed():
+    rows, x = planted(4, entities=4, relations=5, images=4)
+    rows = replace(rows, splits={"random": None})
+    sweep = swept(rows, x, probes=[Seeded()], seeds=[1, 3], controls=(), replicates=5)
+    one, three = (sweep.cell(seed=seed).scores[1, 0] for seed in (1, 3))
+    np.testing.assert_allclose(three, 3 * one)
+
+
+def test_fits_of_a_probe_that_holds_a_function_are_not_kept(tmp_path):
+    """A function is told by where it lies in memory, and another may lie there in the next process."""
+    rows, x = planted(4, entities=4, relations=5, images=4)
+    rows = replace(rows, splits={"random": None})
+    for probe, files in ((Seeded(lambda d: d), 0), (Seeded(), 4)):
+        kept = Kept(tmp_path / f"{files}", "store")
+        swept(rows, x, probes=[probe], controls=(), replicates=5, kept=kept)
+        assert len(list((tmp_path / f"{files}").glob("*"))) == files

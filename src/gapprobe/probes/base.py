@@ -157,18 +157,6 @@ def chunks(problems: int, numbers_each: int, room: int = 1 << 26) -> Iterator[sl
     return (slice(start, start + size) for start in range(0, problems, size))
 
 
-def check_classes(y: Bool[Tensor, "p n"], weights: Float[Tensor, "p n"]) -> None:
-    """Refuse problems without a row of each class.
-
-    Raises:
-        DataError: naming the first such problem.
-    """
-    for label, rows in ((True, y & (weights > 0)), (False, ~y & (weights > 0))):
-        missing = torch.nonzero(~rows.any(1))
-        if len(missing):
-            raise DataError(f"problem {int(missing[0])} has no row of class {label}; a probe needs both classes")
-
-
 def check_problems(
     x: Float[Tensor, "n d"],
     y: Bool[Tensor, "p n"],
@@ -187,4 +175,7 @@ def check_problems(
         raise DataError("weights must be finite and not negative")
     if strengths is not None and not bool((strengths > 0).all()):
         raise DataError(f"strengths must be above 0, got {float(strengths.min()):g}")
-    check_classes(y, weights)
+    for label, rows in ((True, y & (weights > 0)), (False, ~y & (weights > 0))):
+        missing = torch.nonzero(~rows.any(1))
+        if len(missing):
+            raise DataError(f"problem {int(missing[0])} has no row of class {label}; a probe needs both classes")

@@ -17,7 +17,8 @@ from torch import Tensor
 from gapprobe.errors import DataError
 from gapprobe.files import write_bytes
 from gapprobe.kernels import logistic
-from gapprobe.probes.base import LinearFits, Probe, check_classes, find_probe
+from gapprobe.probes.base import LinearFits, Probe, find_probe
+from gapprobe.probes.labels import binary, target_of
 from gapprobe.store.reader import Store
 
 KIND = "gapprobe direction"
@@ -129,18 +130,14 @@ def probe_direction(
     Raises:
         DataError: the probe is not linear, labels of one class, a layer or column that the store lacks.
     """
-    if isinstance(target, str):
-        if target not in store.rows:
-            raise DataError(f"the store's table has no column {target!r}; it has {', '.join(store.rows.columns)}")
-        target = store.rows[target].dropna()
+    target = target_of(store.rows, target)
     if layer not in store.header.layers:
         raise DataError(f"the store holds layers {list(store.header.layers)}, not {layer}")
     found = find_probe(probe)
     chosen = found.strengths[len(found.strengths) // 2] if strength is None else strength
     x = store.layer(layer, position=position, rows=[str(i) for i in target.index])
-    y = torch.from_numpy(target.to_numpy(dtype=bool, copy=True))[None]
+    y = torch.from_numpy(binary(target))[None]
     mask = torch.ones_like(y)
-    check_classes(y, mask.double())
     fits = found.fit(x, y, logistic.balanced(y, mask), torch.tensor([chosen], dtype=torch.float64), seed)
     if not isinstance(fits, LinearFits):
         raise DataError(f"the probe {found.name!r} has no direction: it is not linear in the residual")

@@ -3,6 +3,7 @@
 One safetensors file for each position, layer and probe, named by a hash of all that its numbers depend on.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
+from gapprobe import __version__
 from gapprobe.errors import DataError
-from gapprobe.files import write_bytes
+from gapprobe.files import as_output_error, write_bytes
 from gapprobe.probes.base import Probe
 from gapprobe.probes.plan import HeldOut
 
-Which = tuple[str, str, int]
+Which = tuple[str, str, int]  # target, split and seed
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class Kept:
@@ -44,10 +47,16 @@ class Kept:
         position: str,
         layer: int,
         seed: int,
-    ) -> str:
-        """Return the name of a layer's numbers: a hash of all that they depend on."""
+    ) -> str | None:
+        """Return the name of a layer's numbers: a hash of all that they depend on; None where that cannot be told.
+
+        A function is known by where it lies in memory, which another one may have in another process.
+        """
         settings = {name: repr(value) for name, value in sorted(vars(probe).items())}
-        said = (self.store, probe.name, type(probe).__qualname__, settings, tuple(strengths), tuple(ids), seed)
+        if any(ADDRESS.search(told) for told in settings.values()):
+            return None
+        kind = (probe.name, type(probe).__module__, type(probe).__qualname__, settings)
+        said = (__version__, self.store, kind, tuple(strengths), tuple(ids), seed)
         hashed = xxhash.xxh3_128(repr(said).encode())
         hashed.update(np.packbits(labels.numpy()).tobytes())
         hashed.update(weights.numpy().tobytes())
@@ -74,6 +83,7 @@ class Kept:
         Raises:
             OutputError: the disk is full, or the folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with as_output_error(f"cannot make {self.folder}", lambda: "Layers fitted before are safe."):
+            self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {f"{i}.{name}": value for i, own in enumerate(held.values()) for name, value in vars(own).items()}
         write_bytes(self.folder / f"{mark}.safetensors", save(arrays))

@@ -24,7 +24,8 @@ from gapprobe import stats
 from gapprobe.errors import DataError
 from gapprobe.probes.base import Probe, find_probe
 from gapprobe.probes.controls import question_scores, shuffled_targets
-from gapprobe.probes.kept import Kept
+from gapprobe.probes.kept import Kept, Which
+from gapprobe.probes.labels import binary, column_of, target_of
 from gapprobe.probes.plan import HeldOut, Nested, Problems, choose
 from gapprobe.probes.splits import NestedFolds, joint_folds, nested_folds
 from gapprobe.probes.verdict import Verdict, judge
@@ -236,7 +237,8 @@ def sweep_probes(
         permutations: of the control with shuffled labels.
         seed: of folds, permutations, probes and bootstrap, or several to repeat everything.
         replicates: of the bootstrap.
-        folder: what is fitted is kept here, layer by layer; the same sweep goes on where it was stopped.
+        folder: what is fitted is kept here, layer by layer; the same sweep goes on where it was stopped. Fits of probes
+            with settings that cannot be told apart by their text, such as functions, are not kept.
         jobs: layers fitted at once, one core each; as many as there are cores where left out.
         progress: show a progress bar over layers.
 
@@ -265,10 +267,7 @@ def sweep_probes(
         raise DataError("the control question_only needs `questions`: relation and entity of every row")
 
     def column(given: pd.Series | str, name: str) -> np.ndarray:
-        if isinstance(given, str):
-            if given not in table:
-                raise DataError(f"{name}: the store's table has no column {given!r}; it has {', '.join(table.columns)}")
-            given = table[given]
+        given = column_of(table, given, name) if isinstance(given, str) else given
         if not given.index.is_unique:
             raise DataError(f"{name}: an id stands twice in its index; give one value a row")
         aligned = given.reindex(named.index)
@@ -281,7 +280,7 @@ def sweep_probes(
     own, one = np.array(ids), np.zeros(len(ids), dtype=np.int64)
     rows = Rows(
         ids=ids,
-        targets={str(name): labels.to_numpy(dtype=bool, copy=True) for name, labels in named.items()},
+        targets={str(name): binary(labels) for name, labels in named.items()},
         relation=None if questions is None else column(questions["relation"], "relation"),
         entity=None if questions is None else column(questions["entity"], "entity"),
         question=own if pair[0] is None else column(pair[0], "question cluster"),
@@ -337,12 +336,17 @@ def sweep_layers(
         if target.all() or not target.any():
             told = f"all {len(target)} labels are {bool(target.any())}: a probe needs both classes"
             raise DataError(told if len(rows.targets) == 1 else f"target {name}: {told}")
-    found = {probe.name: probe for probe in map(find_probe, probes)}
+    given = [find_probe(probe) for probe in probes]
+    found = {probe.name: probe for probe in given}
+    if len(found) < len(given):
+        raise DataError(f"two probes of {[probe.name for probe in given]} have one name, so their numbers would mix")
     swept = {name: tuple(float(s) for s in strengths or probe.strengths) for name, probe in found.items()}
+    if permutations < 0:
+        raise DataError(f"permutations must not be negative, got {permutations}")
     if bad := [s for own in swept.values() for s in own if not s > 0]:
         raise DataError(f"strengths must be above 0, got {bad[0]}")
     runs = permutations if "shuffled" in controls else 0
-    problems: dict[tuple[str, str, int], Problems] = {}
+    problems: dict[Which, Problems] = {}
     for target, (split, groups), seed in product(rows.targets, rows.splits.items(), seeds):
         cut = _cut(groups, rows.targets[target], folds, seed, split)
         own_seed = zlib.crc32(f"{seed} {split}".encode())
@@ -357,7 +361,7 @@ def sweep_layers(
     weights = {
         seed: stats.crossed_weights(rows.question, rows.image, replicates=replicates, seed=seed) for seed in seeds
     }
-    asked: dict[tuple[str, str, int], np.ndarray] = {}
+    asked: dict[Which, np.ndarray] = {}
     if "question_only" in controls and rows.relation is not None and rows.entity is not None:
         for which, split in problems.items():
             asked[which] = question_scores(rows.relation, rows.entity, split.target, split.cut)
@@ -405,7 +409,7 @@ def _cut(
     return joint_folds(*groups, target, folds=folds, seed=seed, name=name)
 
 
-Held = dict[tuple[str, int, str, tuple[str, str, int]], HeldOut]
+Held = dict[tuple[str, int, str, Which], HeldOut]
 
 
 def _fit_all(
@@ -414,35 +418,34 @@ def _fit_all(
     places: Sequence[tuple[str, int]],
     probes: Mapping[str, Probe],
     strengths: Mapping[str, tuple[float, ...]],
-    problems: Mapping[tuple[str, str, int], Problems],
+    problems: Mapping[Which, Problems],
     kept: Kept | None,
     jobs: int | None,
     progress: bool,
 ) -> Held:
     """Fit all probes at all places, several layers at once; each thread has one core, which is what narrow fits use."""
-    labels = torch.from_numpy(np.concatenate([split.labels for split in problems.values()]))
-    weights = torch.cat([split.weights() for split in problems.values()])
-    sizes = [len(split.labels) for split in problems.values()]
-    seed = next(iter(problems))[2]
+    by_seed: dict[int, dict[Which, Problems]] = {}
+    for which, split in problems.items():
+        by_seed.setdefault(which[2], {})[which] = split
+    batches = [(seed, own, _labels(own), _weights(own)) for seed, own in by_seed.items()]
 
     def fit(place: tuple[str, int]) -> Held:
         torch.set_num_threads(1)
         position, layer = place
         x: Tensor | None = None
         out: Held = {}
-        for name, probe in probes.items():
-            own = strengths[name]
-            mark = "" if kept is None else kept.mark(probe, own, labels, weights, ids, position, layer, seed)
-            known = None if kept is None else kept.load(mark, list(problems))
+        for (name, probe), (seed, own, labels, weights) in product(probes.items(), batches):
+            mark = kept and kept.mark(probe, strengths[name], labels, weights, ids, position, layer, seed)
+            known = kept.load(mark, list(own)) if kept and mark else None
             if known is None:
                 x = _finite(read(position, layer), position, layer, ids) if x is None else x
                 try:
-                    scores = _scores(probe, x, labels, weights, own, seed)
+                    scores = _scores(probe, x, labels, weights, strengths[name], seed)
                 except DataError as error:
                     raise DataError(f"layer {layer}, {name}: {error}") from error
-                blocks = np.split(scores, np.cumsum(sizes)[:-1])
-                known = {which: problems[which].held_out(s) for which, s in zip(problems, blocks, strict=True)}
-                if kept is not None:
+                blocks = np.split(scores, np.cumsum([len(split.labels) for split in own.values()])[:-1])
+                known = {which: own[which].held_out(s) for which, s in zip(own, blocks, strict=True)}
+                if kept and mark:
                     kept.save(mark, known)
             out |= {(position, layer, name, which): held for which, held in known.items()}
         return out
@@ -454,6 +457,14 @@ def _fit_all(
             return {key: held for part in parts for key, held in part.items()}
     finally:
         torch.set_num_threads(threads)
+
+
+def _labels(problems: Mapping[Which, Problems]) -> Bool[Tensor, "p n"]:
+    return torch.from_numpy(np.concatenate([split.labels for split in problems.values()]))
+
+
+def _weights(problems: Mapping[Which, Problems]) -> Float[Tensor, "p n"]:
+    return torch.cat([split.weights() for split in problems.values()])
 
 
 def _scores(
@@ -476,13 +487,9 @@ def _finite(x: Tensor, position: str, layer: int, ids: Sequence[str]) -> Tensor:
 
 
 def _named(target: pd.Series | pd.DataFrame | str, table: pd.DataFrame) -> pd.DataFrame:
-    if isinstance(target, str):
-        if target not in table:
-            raise DataError(f"the store's table has no column {target!r}; it has {', '.join(table.columns)}")
-        # A column may be empty where a row could not be run: such rows have no residual either.
-        return table[[target]].dropna()
     if isinstance(target, pd.DataFrame):
         return target
+    target = target_of(table, target)
     return target.to_frame(str(target.name) if target.name is not None else "target")
 
 

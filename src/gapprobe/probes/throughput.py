@@ -15,6 +15,7 @@ from tqdm import tqdm
 from gapprobe.errors import DataError
 from gapprobe.kernels import logistic
 from gapprobe.probes.base import Probe, find_probe
+from gapprobe.probes.labels import binary, target_of
 from gapprobe.store.reader import Store
 
 SIDE = 2048  # of the square matrices that the matrix limit is measured with
@@ -110,12 +111,9 @@ def _timed(
         known = store.header.layers
         if absent := sorted(set(layers or ()) - set(known)):
             raise DataError(f"the store holds layers {list(known)}, not {absent}")
-        if isinstance(target, str):
-            if target not in store.rows:
-                raise DataError(f"the store's table has no column {target!r}; it has {', '.join(store.rows.columns)}")
-            target = store.rows[target].dropna()
-        ids = [str(i) for i in (store.ids if target is None else target.index)]
-        given = None if target is None else target.to_numpy(dtype=bool, copy=True)
+        labels_of_rows = None if target is None else target_of(store.rows, target)
+        ids = [str(i) for i in (store.ids if labels_of_rows is None else labels_of_rows.index)]
+        given = None if labels_of_rows is None else binary(labels_of_rows)
     lines: list[dict[str, float]] = []
     chosen = list(layers or (store.header.layers if store is not None else range(4)))
     for layer in tqdm(chosen, desc="bench", unit="layer", disable=not progress):
