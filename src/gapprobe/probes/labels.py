@@ -36,6 +36,6 @@ def binary(labels: pd.Series) -> Bool[np.ndarray, " n"]:
     """
     known = labels.isin([True, False])
     if not known.all() or pd.api.types.is_string_dtype(labels.dtype):
-        odd = labels[~known].iloc[0] if not known.all() else labels.iloc[0]
+        odd = (labels if known.all() else labels[~known]).tolist()[0]
         raise DataError(f"labels {str(labels.name)!r} must be true or false, or 1 and 0; one of them is {odd!r}")
     return labels.to_numpy(dtype=bool, copy=True)

@@ -42,7 +42,8 @@ def area_by_layer(table: pd.DataFrame) -> go.Figure:
             name = (
                 str(probe) if own else f"{kind}" + (f", {probe}" if len(probes) > 1 and kind != "question_only" else "")
             )
-            color = _PROBES[probes.index(str(probe)) % len(_PROBES)] if own else _GREY
+            owned = own or (len(probes) > 1 and kind != "question_only")
+            color = _PROBES[probes.index(str(probe)) % len(_PROBES)] if owned else _GREY
             line = line.sort_values("layer")
             if own:
                 band = [*line["ci_low"], *line["ci_high"][::-1]]

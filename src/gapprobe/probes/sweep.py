@@ -283,7 +283,7 @@ def sweep_probes(
         targets={str(name): binary(labels) for name, labels in named.items()},
         relation=None if questions is None else column(questions["relation"], "relation"),
         entity=None if questions is None else column(questions["entity"], "entity"),
-        question=own if pair[0] is None else column(pair[0], "question cluster"),
+        question=own if pair[0] is None else column(pair[0], "clusters" if pair[1] is None else "question cluster"),
         image=one if pair[1] is None else column(pair[1], "image cluster"),
         splits={
             name: _groups(s, lambda given, name=name: column(given, f"groups of split {name}"))

@@ -85,6 +85,7 @@ class Knn:
         del seed
         check_problems(x, y, weights, strengths)
         k = strengths.round()
-        if not bool(((k == strengths) & (k >= 1)).all()):
-            raise DataError(f"strengths of knn are numbers of neighbours, whole and above 0; got {strengths.tolist()}")
+        odd = strengths[(k != strengths) | (k < 1)]
+        if len(odd):
+            raise DataError(f"strengths of knn are numbers of neighbours, whole and above 0; got {float(odd[0]):g}")
         return Neighbours(x.clone(), y.clone(), weights.clone(), k.long())
