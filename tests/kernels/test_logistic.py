@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from gapprobe.kernels import logistic
+from gapprobe.kernels.descent import History
 from gapprobe.kernels.losses import Binary, Multinomial
 from gapprobe.kernels.preconditioner import Own, Shared, Subspace
 from gapprobe.kernels.standardised import Standardised
@@ -244,6 +245,25 @@ def test_problems_that_do_not_fit_side_by_side_are_fitted_in_turn(monkeypatch):
     monkeypatch.setattr(logistic, "ROOM", 1000)
     apart = logistic.fit(x, y.expand(7, 50), weights, tolerance=1e-12)
     torch.testing.assert_close(apart.coef, together.coef, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pair_without_curvature_leaves_no_trace_in_the_history():
+    """Rounding can turn the product of step and change to 0 or below: dividing by it would be the end of a fit."""
+    g = torch.Generator().manual_seed(0)
+    step, gradient = torch.randn(2, 3, 6, generator=g)
+    change = step * torch.rand(3, 6, generator=g)
+    with_it, without = History(step), History(step)
+    for history in (with_it, without):
+        history.add(step, change)
+    with_it.add(step, torch.stack([-change[0], torch.zeros(6), 2 * step[2]]))
+    without.add(step * 0, change * 0)
+
+    def direction(history):
+        passed, first = history.before(gradient)
+        return history.after(passed, first)
+
+    torch.testing.assert_close(direction(with_it)[:2], direction(without)[:2])
+    assert not torch.allclose(direction(with_it)[2], direction(without)[2])
 
 
 @pytest.mark.parametrize("curved", [False, True])

@@ -5,7 +5,7 @@ import pytest
 
 from gapprobe import stats
 from gapprobe.probes.controls import question_scores, shuffled_targets
-from gapprobe.probes.splits import nested_folds
+from gapprobe.probes.splits import joint_folds, nested_folds
 from tests.probes.planted import planted
 
 
@@ -63,3 +63,17 @@ def test_shuffled_labels_keep_their_folds_counts():
         assert (labels != target).any()
     assert (shuffled[0] != shuffled[1]).any()
     np.testing.assert_array_equal(shuffled, shuffled_targets(target, folds, 5, 0))
+
+
+def test_under_a_joint_split_a_rows_score_comes_from_the_fold_that_holds_it_out():
+    """Rows that share one group with the fold are neither in training nor held out: other folds hold them out."""
+    rows, _ = planted(3, question=2.0, entities=6, relations=6, images=3)
+    target = rows.targets["target"]
+    cut = joint_folds(rows.relation, rows.entity, target, folds=4, seed=0, name="joint")
+    before = question_scores(rows.relation, rows.entity, target, cut)
+    for fold in range(4):
+        # Labels outside the fold's training rows turned round: nothing that it learnt from has changed.
+        turned = target ^ ~cut.training[fold]
+        after = question_scores(rows.relation, rows.entity, turned, cut)
+        held = cut.outer == fold
+        np.testing.assert_allclose(after[held], before[held], atol=1e-9)

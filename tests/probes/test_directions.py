@@ -48,6 +48,7 @@ def test_steering_moves_along_it_and_ablation_leaves_nothing_of_it(stored):
     torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=1e-9, atol=1e-9)
     ablated = direction.ablate(x[2].double())
     assert float(direction.scores(ablated).std()) < 1e-9 * float(before.std())
+    torch.testing.assert_close(direction.scores(ablated).mean(), before.mean())  # at the rows' mean, and not at 0
     torch.testing.assert_close(direction.ablate(ablated), ablated)
     name, hook = direction.hook()
     assert name == "blocks.1.hook_resid_post"

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -14,9 +15,11 @@ from gapprobe import stats
 from gapprobe.errors import ConfigError, DataError
 from gapprobe.kernels import logistic
 from gapprobe.probes.base import LinearFits, find_probe
+from gapprobe.probes.controls import shuffled_targets
 from gapprobe.probes.kept import Kept
 from gapprobe.probes.kinds.logistic import Logistic
 from gapprobe.probes.plan import Problems, choose
+from gapprobe.probes.splits import nested_folds
 from gapprobe.probes.sweep import Key, sweep_layers, sweep_probes
 from tests.probes.planted import planted
 
@@ -394,3 +397,46 @@ def test_fits_of_a_probe_that_holds_a_function_are_not_kept(tmp_path):
         kept = Kept(tmp_path / f"{files}", "store")
         swept(rows, x, probes=[probe], controls=(), replicates=5, kept=kept)
         assert len(list((tmp_path / f"{files}").glob("*"))) == files
+
+
+def test_each_row_is_scored_by_the_fit_that_did_not_see_it():
+    rng = np.random.default_rng(0)
+    target = rng.random(90) < 0.5
+    cut = nested_folds(None, target, folds=3, seed=0, name="random")
+    shuffled = shuffled_targets(target, cut.outer, 2, 0)
+    problems = Problems.of(cut, target, shuffled)
+    scores = rng.normal(size=(len(problems.labels), 2, 90))
+    held = problems.held_out(scores)
+    unseen = [np.flatnonzero(~mask) for mask in problems.masks]
+    for strength, row in ((0, 5), (1, 40)):
+        (fit,) = (i for i in range(3) if row in unseen[i])
+        assert held.scores[strength, row] == scores[fit, strength, row]
+        start = 3 + 9 + 3  # outer and inner fits, then those of the first permutation
+        assert held.shuffled[1, strength, row] == scores[start + fit, strength, row]
+    for fold in range(3):
+        training = np.flatnonzero(cut.outer != fold)
+        own = np.array([scores[3 + 3 * fold + cut.inner[fold, row], 1, row] for row in training])
+        for row in training:
+            assert row in unseen[3 + 3 * fold + cut.inner[fold, row]]
+        assert held.inner_auc[1, fold] == stats.auc(own, target[training], cut.inner[fold, training])
+
+
+def test_accuracy_and_calibration_are_what_they_are_said_to_be(image_decides):
+    rows, _, sweep = image_decides
+    cell, target = sweep.cell(split="entity"), target_of(rows)
+    line = sweep.table.query("split == 'entity' and kind == 'probe' and layer == 3").iloc[0]
+    scores = cell.scores[3, 0]
+    probability = 1 / (1 + np.exp(-scores))
+    assert line.balanced_accuracy == pytest.approx(balanced_accuracy_score(target, scores > 0))
+    assert line.log_loss == pytest.approx(log_loss(target, probability))
+    bins = (probability * 10).astype(int)
+    off = [abs(probability[bins == b].mean() - target[bins == b].mean()) * (bins == b).mean() for b in set(bins)]
+    assert line.ece == pytest.approx(sum(off))
+
+
+def test_other_folds_of_the_same_labels_are_fitted_anew(tmp_path):
+    rows, x = planted(7, image=1.5, entities=4, relations=5, images=6)
+    kept = Kept(tmp_path / "k", "store")
+    for groups in (rows.image, rows.relation):
+        swept(replace(rows, splits={"one": groups}), x, controls=(), replicates=5, kept=kept)
+    assert len(list((tmp_path / "k").iterdir())) == 2 * len(x)
