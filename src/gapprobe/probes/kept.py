@@ -5,6 +5,7 @@ One safetensors file for each position, layer and probe, named by a hash of all 
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
-from gapprobe import __version__
 from gapprobe.errors import DataError
 from gapprobe.files import as_output_error, write_bytes
 from gapprobe.probes.base import Probe
@@ -56,7 +56,7 @@ class Kept:
         if any(ADDRESS.search(told) for told in settings.values()):
             return None
         kind = (probe.name, type(probe).__module__, type(probe).__qualname__, settings)
-        said = (__version__, self.store, kind, tuple(strengths), tuple(ids), seed)
+        said = (version("gapprobe"), self.store, kind, tuple(strengths), tuple(ids), seed)
         hashed = xxhash.xxh3_128(repr(said).encode())
         hashed.update(np.packbits(labels.numpy()).tobytes())
         hashed.update(weights.numpy().tobytes())
