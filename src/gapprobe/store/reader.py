@@ -95,6 +95,21 @@ class TokenBatch:
     token_marks: UInt8[Tensor, " t"]
 
 
+@dataclass(frozen=True)
+class MappedRows:
+    """Rows of one shard at one layer and position.
+
+    Attributes:
+        lines: private map of the shard's tensor; a line is a token.
+        at: line of each row.
+        places: where the rows stand among all that were asked for, rising.
+    """
+
+    lines: Shaped[Tensor, "m d"]
+    at: Int64[np.ndarray, " n"]
+    places: Int64[np.ndarray, " n"]
+
+
 class Store:
     """The rows and residuals of a store, as sealed when it was opened or last refreshed. Use `open_store`.
 
@@ -189,6 +204,29 @@ class Store:
         result = fresh((1, total, self.header.width), self.header.torch_dtype)
         run_jobs(jobs, result)
         return result[0]
+
+    @enough_memory()
+    def mapped(self, layer: int, position: str, rows: Iterable[str] | None = None) -> list[MappedRows]:
+        """Map the residual stream after one layer at a position, shard by shard, and say which lines are whose.
+
+        Nothing is read before it is touched, so rows that lie apart can be streamed without a copy of them all.
+
+        Args:
+            layer: one of `header.layers`.
+            position: one of `header.positions`: the token so marked of each row.
+            rows: ids, in the order wanted; all rows in the order of sealing by default.
+
+        Raises:
+            StoreError: as `layer` does.
+        """
+        index, parts = self.header.layer_index(layer, self.path), self._parts(rows)
+        self._refuse_unmarked(parts, position)
+        jobs = position_jobs(parts, index, layer_name(layer), self.header.position_index(position, self.path))
+        found: list[MappedRows] = []
+        for job in filter(lambda job: len(job.lines), jobs):
+            first, last = int(job.lines.min()), int(job.lines.max())
+            found.append(MappedRows(job.shard.flat(job.names[0], first, last + 1), job.lines - first, job.places))
+        return found
 
     @enough_memory()
     def batch(
