@@ -12,12 +12,13 @@ from torch import Tensor
 
 from gapprobe.kernels.descent import descend
 from gapprobe.kernels.losses import Loss
-from gapprobe.kernels.preconditioner import Subspace
-from gapprobe.kernels.standardised import Standardised
+from gapprobe.kernels.preconditioner import Spaces
+from gapprobe.kernels.standardised import Stack, Standardised
 
 ROUNDS = 3  # in float64, each aiming ten times lower
 MARGIN = 0.8  # of the tolerance, aimed at before the certificate is drawn up
 
+F = TypeVar("F", Standardised, Stack)
 L = TypeVar("L", bound=Loss)
 Certificate = tuple[Float64[Tensor, "p c e"], Float64[Tensor, " p"], Float64[Tensor, " p"]]
 
@@ -27,10 +28,10 @@ class NotConvergedError(ArithmeticError):
 
 
 def reach(
-    features: Standardised,
-    space: Subspace,
+    features: F,
+    spaces: Spaces,
     loss: Callable[[torch.dtype, Tensor], L],
-    certify: Callable[[Standardised, L, Tensor, Tensor], Certificate],
+    certify: Callable[[F, L, Tensor, Tensor], Certificate],
     again: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]],
     problems: Int64[Tensor, " p"],
     tolerance: float,
@@ -40,7 +41,7 @@ def reach(
 
     Args:
         features: X, shared.
-        space: for the preconditioners, in float32.
+        spaces: for the preconditioners, in float32.
         loss: of some problems, in a dtype.
         certify: returns the weights with the intercept put right, the objective, and the relative gap to the optimum.
         again: takes weights, which problems they are of and a goal; returns better weights and the steps taken.
@@ -53,10 +54,10 @@ def reach(
     """
     narrow = loss(torch.float32, problems)
     start = narrow.start()
-    w = start.new_zeros(*start.shape, features.x.shape[1] + 1)
+    w = start.new_zeros(*start.shape, features.width + 1)
     w[..., -1] = start
     goal = MARGIN * tolerance
-    w, taken = descend(features, narrow, w, space, problems=problems, goal=goal, most=steps)
+    w, taken = descend(features, narrow, w, spaces, problems=problems, goal=goal, most=steps)
     w, objective, gap = certify(features, loss(torch.float64, problems), w.double(), problems)
     for _ in range(ROUNDS):
         poor = torch.nonzero(~(gap <= tolerance))[:, 0]

@@ -13,11 +13,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gapprobe.kernels.losses import Loss, Point
-from gapprobe.kernels.preconditioner import Own, Shared, Subspace
-from gapprobe.kernels.standardised import Standardised
+from gapprobe.kernels.preconditioner import Own, Shared, Spaces
+from gapprobe.kernels.standardised import Stack, Standardised
 
 MEMORY = 5  # pairs of step and change of gradient; 10 saves 3 % of the steps and costs more than that
-OWN = (15, 50, 120, 240)  # steps after which a problem's own Hessian is taken, if it still runs
+OWN = (15, 40, 80, 140, 200, 280)  # steps after which a problem's own Hessian is taken, if it still runs
 SLOPE = 0.5  # a step is taken when the slope at its end is this share of the slope at its start
 TRIALS = 20
 PATIENCE = {torch.float32: 12, torch.float64: 100}  # steps without a smaller gradient or value: only rounding is left
@@ -78,10 +78,10 @@ class History:
 
 
 def descend(
-    features: Standardised,
+    features: Standardised | Stack,
     loss: Loss,
     weights: Float[Tensor, "p c e"],
-    space: Subspace,
+    spaces: Spaces,
     *,
     problems: Int64[Tensor, " p"],
     goal: float,
@@ -93,7 +93,7 @@ def descend(
         features: X, shared.
         loss: of these problems, in the dtype of `weights`.
         weights: where to start; the last one is the intercept.
-        space: for the preconditioners, in the dtype of `weights`.
+        spaces: for the preconditioners, in the dtype of `weights`.
         problems: which problems of `features` these are.
         goal: share of the objective.
         most: steps.
@@ -116,11 +116,14 @@ def descend(
     def gradient_at(point: Point, weights: Tensor) -> Tensor:
         return weights * penalised - view.pull(loss.turned(point.residual.clone())).flatten(1)
 
+    def per_class(counts: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(c * count for count in counts)
+
     def precondition(vector: Tensor) -> Tensor:
         return preconditioner.apply(vector.view(-1, e)).view_as(vector)
 
     gradient = gradient_at(point, weights)
-    preconditioner = Shared.of(space, loss.curvature(point).flatten(0, 1))
+    preconditioner = Shared.of(spaces, per_class(view.counts), loss.curvature(point).flatten(0, 1))
     history = History(weights)
     gain = torch.ones_like(weights[:, 0])
     best, lowest = torch.full_like(gain, torch.inf), torch.full_like(gain, torch.inf)
@@ -143,7 +146,7 @@ def descend(
         if not len(rows):
             break
         if step in OWN:
-            preconditioner = Own.of(space, view, loss.curvature(point).flatten(0, 1))
+            preconditioner = Own.of(spaces, per_class(view.counts), view, loss.curvature(point).flatten(0, 1))
             history, gain = History(weights), torch.ones_like(gain)
         passed, first = history.before(gradient)
         direction = -history.after(precondition(passed) * gain[:, None], first)

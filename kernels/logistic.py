@@ -6,6 +6,7 @@ zero. Every fit carries a duality gap computed in float64 on the raw features, a
 optimum: a fit that is off by more than was asked for is taken up again in float64, and is never returned.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,11 @@ from gapprobe.kernels.certified import NotConvergedError as NotConvergedError
 from gapprobe.kernels.descent import descend
 from gapprobe.kernels.losses import Binary, Multinomial, Point
 from gapprobe.kernels.preconditioner import Subspace
-from gapprobe.kernels.standardised import Standardised
+from gapprobe.kernels.standardised import Stack, Standardised
 
 STEPS = 500  # in float32; real problems take 5 to 150
 MORE_STEPS = 2000  # in float64, where float32 did not reach the tolerance
+BRIEF = 100  # of them where Newton's method can take over: what has not arrived by then is ill-conditioned
 NEWTON = 200  # and then of Newton's method
 DENSE = 6000  # largest Hessian that it forms
 ROOM = 1 << 26  # numbers held for problems fitted side by side
@@ -126,47 +128,82 @@ def fit(
         ValueError: non-finite features, negative weights, c not above zero, or a problem that lacks a class.
         NotConvergedError: a problem whose certified gap exceeds `tolerance`.
     """
-    p, (n, d) = len(weights), x.shape
-    strengths = torch.as_tensor(c, dtype=torch.float64, device=x.device).expand(p)
-    check(x, y, weights, strengths)
+    return fit_layers([x], y, weights, c, tolerance)[0]
+
+
+def fit_layers(
+    xs: Sequence[Float[Tensor, "n d"]],
+    y: Bool[Tensor, "p n"] | Int[Tensor, "p n"],
+    weights: Float[Tensor, "p n"],
+    c: float | Float[Tensor, " p"] = 1.0,
+    tolerance: float = 1e-6,
+) -> list[LogisticFits]:
+    """Fit the same problems on several X, such as layers, side by side: several small ones take hardly longer than one.
+
+    Args:
+        xs: raw features, all of one shape.
+        y: as in `fit`.
+        weights: as in `fit`.
+        c: as in `fit`.
+        tolerance: as in `fit`.
+
+    Returns:
+        The fits of each X.
+
+    Raises:
+        ValueError: as `fit`, or X of several shapes.
+        NotConvergedError: as `fit`.
+    """
+    if len({x.shape for x in xs}) != 1:
+        raise ValueError(f"fits side by side want X of one shape, got {sorted({tuple(x.shape) for x in xs})}")
+    p, (n, d) = len(weights), xs[0].shape
+    strengths = torch.as_tensor(c, dtype=torch.float64, device=xs[0].device).expand(p)
+    for x in xs:
+        check(x, y, weights, strengths)
     classes = 1 if y.dtype == torch.bool else int(y.max()) + 1 if y.numel() else 2
     if not p:
         shape = (0,) if classes == 1 else (0, classes)
-        none = x.new_zeros(0, dtype=torch.float64)
-        return LogisticFits(none.new_zeros(*shape, d), none.new_zeros(shape), none, none, none.long())
+        none = xs[0].new_zeros(0, dtype=torch.float64)
+        return [LogisticFits(none.new_zeros(*shape, d), none.new_zeros(shape), none, none, none.long())] * len(xs)
     anywhere = (weights > 0).any(0)
     if not bool(anywhere.all()):  # a row that no problem uses must not reach the shared standardisation
-        x, y, weights = x[anywhere], y[:, anywhere], weights[:, anywhere]
-    features = Standardised(x, weights > 0)
+        xs, y, weights = [x[anywhere] for x in xs], y[:, anywhere], weights[:, anywhere]
+    features = Stack(tuple(Standardised(x, weights > 0) for x in xs), p)
     scaled = weights.double() * strengths[:, None]
     side_by_side = max(1, ROOM // (classes * (8 * n + 16 * d)))
-    space = Subspace.of(features, min(p, side_by_side) * classes)
+    spaces = tuple(Subspace.of(part, min(p, side_by_side) * classes) for part in features.parts)
 
     def loss(dtype: torch.dtype, some: Tensor) -> Binary | Multinomial:
+        own = some % p
         if classes == 1:
-            return Binary.of(y[some], scaled[some], dtype)
-        return Multinomial.of(y[some], classes, scaled[some], dtype)
+            return Binary.of(y[own], scaled[own], dtype)
+        return Multinomial.of(y[own], classes, scaled[own], dtype)
 
     def again(w: Tensor, own: Tensor, goal: float) -> tuple[Tensor, Tensor]:
-        exact = loss(torch.float64, own)
-        if goal < MARGIN * tolerance and classes * min(n, d) <= DENSE:  # float64 descent was not enough
+        exact, dense = loss(torch.float64, own), classes * min(n, d) <= DENSE
+        if goal < MARGIN * tolerance and dense:  # float64 descent was not enough
             taken = [_newton(features, exact, own, i, w) for i in range(len(own))]
             return w, torch.tensor(taken, device=w.device)
-        return descend(features, exact, w, space.to(torch.float64), problems=own, goal=goal, most=MORE_STEPS)
+        exact_spaces = tuple(space.to(torch.float64) for space in spaces)
+        most = BRIEF if dense else MORE_STEPS
+        return descend(features, exact, w, exact_spaces, problems=own, goal=goal, most=most)
 
     parts = [
-        reach(features, space, loss, certify, again, part, tolerance, STEPS)
-        for part in torch.arange(p, device=x.device).split(side_by_side)
+        reach(features, spaces, loss, certify, again, part, tolerance, STEPS)
+        for part in torch.arange(len(xs) * p, device=xs[0].device).split(side_by_side)
     ]
-    coef, intercept, objective, gap, steps = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    check_gaps(gap, strengths, tolerance)
-    if classes == 1:
-        coef, intercept = coef[:, 0], intercept[:, 0]
-    return LogisticFits(coef, intercept, objective, gap, steps)
+    fitted = [torch.cat(tensors).split(p) for tensors in zip(*parts, strict=True)]
+    found: list[LogisticFits] = []
+    for coef, intercept, objective, gap, steps in zip(*fitted, strict=True):
+        check_gaps(gap, strengths, tolerance)
+        if classes == 1:
+            coef, intercept = coef[:, 0], intercept[:, 0]
+        found.append(LogisticFits(coef, intercept, objective, gap, steps))
+    return found
 
 
 def _newton(
-    features: Standardised,
+    features: Stack,
     loss: Binary | Multinomial,
     problems: Int64[Tensor, " p"],
     which: int,
@@ -174,18 +211,19 @@ def _newton(
 ) -> int:
     """Improve one problem's weights in place by damped Newton in float64; return the steps taken.
 
-    Where rows are fewer than features they are first written in an orthogonal basis of their own span: the penalty does
-    not see the rotation, and the optimum lies in the span.
+    Where different rows are fewer than features all are first written in an orthogonal basis of their span: the penalty
+    does not see the rotation, and the optimum lies in the span. The embeddings of last tokens are often few.
     """
     one = torch.arange(len(problems), device=weights.device) == which
     view, loss = features.view(problems[one], torch.float64), loss.keep(one)
     used = loss.weight[0, 0] > 0
-    z = ((features.x[used].double() - features.centre) / features.spread - view.mean[0]) * view.scaling[0]
+    (part,) = (part for part, count in zip(view.parts, view.counts, strict=True) if count)
+    z = ((part.x[used].double() - part.centre) / part.spread - view.mean[0]) * view.scaling[0]
     loss = loss.of_rows(used)
-    w, basis = weights[which], None
-    if z.shape[1] > z.shape[0]:
-        basis, triangle = torch.linalg.qr(z.T)
-        z, w = triangle.T, torch.cat([w[:, :-1] @ basis, w[:, -1:]], dim=1)
+    w, basis, different = weights[which], None, torch.unique(z, dim=0)
+    if len(different) < z.shape[1]:
+        basis = torch.linalg.qr(different.T)[0]
+        z, w = z @ basis, torch.cat([w[:, :-1] @ basis, w[:, -1:]], dim=1)
     z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
     c, e = w.shape
     penalty = torch.ones_like(w)
@@ -233,7 +271,10 @@ def _solved(hessian: Float64[Tensor, "k k"], gradient: Float64[Tensor, " k"]) ->
 
 
 def certify(
-    features: Standardised, loss: Binary | Multinomial, weights: Float64[Tensor, "p c e"], problems: Int64[Tensor, " p"]
+    features: Standardised | Stack,
+    loss: Binary | Multinomial,
+    weights: Float64[Tensor, "p c e"],
+    problems: Int64[Tensor, " p"],
 ) -> tuple[Float64[Tensor, "p c e"], Float64[Tensor, " p"], Float64[Tensor, " p"]]:
     """Return the weights with the intercept put right, the objective and the relative duality gap.
 

@@ -7,6 +7,7 @@ are float32 on a copy standardised by all rows, or float64 on the raw features t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,59 +46,107 @@ class Standardised:
         for block in blocks(n, d):
             self.shared[block, :d] = (x[block].double() - self.centre) / self.spread
 
+    @property
+    def width(self) -> int:
+        """Return the number of features."""
+        return self.x.shape[1]
+
+    def multiply(self, coef: Float[Tensor, "q e"], out: Float[Tensor, "q n"]) -> None:
+        """Write (x - centre) / spread . coef + intercept, the last coefficient, for every row."""
+        n = len(self.x)
+        if coef.dtype == torch.float32 and products.on_gpu(coef):
+            out.copy_(products.logits(self.shared[:, :-1], coef))
+        elif coef.dtype == torch.float32:
+            for start in range(0, n, ROWS):
+                torch.mm(coef, self.shared[start : start + ROWS].T, out=out[:, start : start + ROWS])
+        else:
+            scaled = coef[:, :-1] / self.spread
+            for block in blocks(*self.x.shape):
+                out[:, block] = scaled @ (self.x[block].double() - self.centre).T + coef[:, -1:]
+
+    def multiply_back(self, residual: Float[Tensor, "q n"], out: Float[Tensor, "q e"]) -> None:
+        """Add the transpose of `multiply` to `out`, which holds zeros."""
+        n, d = self.x.shape
+        if residual.dtype == torch.float32 and products.on_gpu(residual):
+            out.copy_(products.pull(self.shared[:, :-1], residual))
+        elif residual.dtype == torch.float32:
+            for start in range(0, n, ROWS):
+                out.addmm_(residual[:, start : start + ROWS], self.shared[start : start + ROWS])
+        else:
+            for block in blocks(n, d):
+                out[:, :-1] += residual[:, block] @ (self.x[block].double() - self.centre)
+            out[:, :-1] /= self.spread
+            out[:, -1] = residual.sum(1)
+
     def view(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> View:
         """Return the features as these problems see them."""
+        return View((self,), (len(problems),), *self.own(problems, dtype))
+
+    def own(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return mean and scaling of each problem, [p 1 d]."""
         group = self.group[problems]
-        return View(self, self.mean[group].to(dtype)[:, None], (1.0 / self.scale[group]).to(dtype)[:, None])
+        return self.mean[group].to(dtype)[:, None], (1.0 / self.scale[group]).to(dtype)[:, None]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Several X of one shape, each with the same problems: those of the first come first, then those of the second.
+
+    Small layers side by side: a step of the descent is a few hundred small operations, whatever their number.
+    """
+
+    parts: tuple[Standardised, ...]
+    each: int
+
+    @property
+    def width(self) -> int:
+        """Return the number of features."""
+        return self.parts[0].width
+
+    def view(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> View:
+        """Return the features as these problems see them; problems rise."""
+        counts = torch.bincount(problems // self.each, minlength=len(self.parts)).tolist()
+        own = (problems % self.each).split(counts)
+        mean, scaling = zip(*(part.own(some, dtype) for part, some in zip(self.parts, own, strict=True)), strict=True)
+        return View(self.parts, tuple(counts), torch.cat(mean), torch.cat(scaling))
 
 
 @dataclass(frozen=True)
 class View:
-    """Features as some problems see them; the last of a problem's weights is its intercept."""
+    """Features as some problems see them; the last of a problem's weights is its intercept.
 
-    of: Standardised
+    Attributes:
+        parts: features.
+        counts: how many of the problems are of each.
+        mean: of each problem, as in `Standardised`.
+        scaling: 1 over its scale.
+    """
+
+    parts: tuple[Standardised, ...]
+    counts: tuple[int, ...]
     mean: Float[Tensor, "p 1 d"]
     scaling: Float[Tensor, "p 1 d"]
 
     def keep(self, problems: Bool[Tensor, " p"]) -> View:
         """Return the view of some of the problems."""
-        return View(self.of, self.mean[problems], self.scaling[problems])
+        counts = tuple(int(own.sum()) for own in problems.split(self.counts))
+        return View(self.parts, counts, self.mean[problems], self.scaling[problems])
 
     def logits(self, weights: Float[Tensor, "p c e"]) -> Float[Tensor, "p c n"]:
         """Return z . w + b for every row; the intercept is the last weight (e = d + 1)."""
         raw = torch.empty_like(weights)
         torch.mul(weights[..., :-1], self.scaling, out=raw[..., :-1])
         raw[..., -1] = weights[..., -1] - (raw[..., :-1] * self.mean).sum(-1)
-        flat = raw.flatten(0, 1)
-        n = len(self.of.x)
-        out = flat.new_empty(len(flat), n)
-        if flat.dtype == torch.float32 and products.on_gpu(flat):
-            out = products.logits(self.of.shared[:, :-1], flat)
-        elif flat.dtype == torch.float32:
-            for start in range(0, n, ROWS):
-                torch.mm(flat, self.of.shared[start : start + ROWS].T, out=out[:, start : start + ROWS])
-        else:
-            coef, free = flat[:, :-1] / self.of.spread, flat[:, -1:]
-            for block in blocks(*self.of.x.shape):
-                out[:, block] = coef @ (self.of.x[block].double() - self.of.centre).T + free
-        return out.unflatten(0, weights.shape[:2])
+        out = raw.new_empty(*raw.shape[:2], len(self.parts[0].x))
+        for part, own, into in self._each(raw, out):
+            part.multiply(own, into)
+        return out
 
     def pull(self, residual: Float[Tensor, "p c n"]) -> Float[Tensor, "p c e"]:
         """Return sum_i r_i (z_i, 1): the transpose of `logits`."""
-        flat = residual.flatten(0, 1)
-        n, d = self.of.x.shape
-        out = flat.new_zeros(len(flat), d + 1)
-        if flat.dtype == torch.float32 and products.on_gpu(flat):
-            out = products.pull(self.of.shared[:, :-1], flat)
-        elif flat.dtype == torch.float32:
-            for start in range(0, n, ROWS):
-                out.addmm_(flat[:, start : start + ROWS], self.of.shared[start : start + ROWS])
-        else:
-            for block in blocks(n, d):
-                out[:, :-1] += flat[:, block] @ (self.of.x[block].double() - self.of.centre)
-            out[:, :-1] /= self.of.spread
-            out[:, -1] = flat.sum(1)
-        out = out.unflatten(0, residual.shape[:2])
+        out = residual.new_zeros(*residual.shape[:2], self.parts[0].width + 1)
+        for part, own, into in self._each(residual, out):
+            part.multiply_back(own, into)
         out[..., :-1] -= out[..., -1:] * self.mean
         out[..., :-1] *= self.scaling
         return out
@@ -106,5 +155,13 @@ class View:
         """Return coefficients and intercept in raw coordinates: the standardisation folded in."""
         coef = weights[..., :-1] * self.scaling
         free = weights[..., -1] - (coef * self.mean).sum(-1)
-        coef = coef / self.of.spread
-        return coef, free - coef @ self.of.centre
+        for part, own, intercept in self._each(coef, free):
+            own /= part.spread
+            intercept -= own @ part.centre
+        return coef, free
+
+    def _each(self, *arrays: Tensor) -> Iterator[tuple[Standardised, *tuple[Tensor, ...]]]:
+        """Yield the features that have problems, with their part of the arrays, [p c ...] as [q ...]."""
+        for part, *own in zip(self.parts, *(array.split(self.counts) for array in arrays), strict=True):
+            if len(own[0]):
+                yield part, *(array.flatten(0, 1) for array in own)

@@ -135,3 +135,13 @@ def test_rows_of_weight_zero_leave_no_trace():
 
 def test_no_problem_at_all():
     assert svm.fit(torch.ones(4, 3), torch.ones(0, 4).bool(), torch.ones(0, 4)).coef.shape == (0, 3)
+
+
+def test_large_strengths_take_few_steps_of_newtons_method_from_one_another(monkeypatch):
+    """Each from scratch would take dozens; a row whose margin is within rounding must not keep it going."""
+    monkeypatch.setattr(svm, "STEPS", 0)
+    x, y, weights = drawn(7, 300, 150)
+    c = torch.tensor([1e4, 1e-2, 1.0, 100.0])
+    fits = svm.fit(x, y.expand(4, -1), weights.expand(4, -1), c, tolerance=1e-9)
+    assert int(fits.steps.sum()) <= 40  # 25; without what the last strength found, 60
+    assert int(svm.fit(x, y, weights, 1e4, tolerance=1e-9).steps) <= 25  # 16; straight from nothing, 39

@@ -15,6 +15,7 @@ from torch import nn
 
 from gapprobe.errors import ConfigError, DataError
 from gapprobe.kernels import logistic
+from gapprobe.probes import adapters
 from gapprobe.probes.adapters import from_module, from_sklearn
 
 
@@ -119,6 +120,30 @@ def test_members_do_not_depend_on_their_neighbours(batch):
     other[0, unused] = ~other[0, unused]
     again = probe.fit(spoiled, other[:1], weights[:1], strengths[:1], 3).scores(x)
     torch.testing.assert_close(together[:1], again, rtol=1e-3, atol=1e-3)
+
+
+def test_members_that_stop_early_are_let_go_and_the_others_train_on_as_before():
+    x, y, weights, _ = drawn(1, n=150)
+    y, weights = y[[0, 1, 2, 0, 1, 2]], weights[[0, 1, 2, 0, 1, 2]]
+    strengths = torch.tensor([1e-3, 1e-3, 1e-3, 30.0, 30.0, 30.0]).double()
+
+    def make(d):
+        return nn.Sequential(nn.Linear(d, 8), nn.Tanh(), Line(8))
+
+    probe = from_module(make, name="m", steps=200, lr=0.02, held_out=0.3, patience=2)
+    together = probe.fit(x, y, weights, strengths, 0).scores(x)
+    for i in range(6):
+        one = slice(i, i + 1)
+        alone = probe.fit(x, y[one], weights[one], strengths[one], 0).scores(x)
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_that_there_is_no_room_to_standardise_beforehand_are_standardised_batch_by_batch(monkeypatch):
+    x, y, weights, strengths = drawn()
+    probe = from_module(Line, name="line", steps=30, batch=16)
+    before = probe.fit(x, y, weights, strengths, 0).scores(x)
+    monkeypatch.setattr(adapters, "ROOM", 0)
+    torch.testing.assert_close(probe.fit(x, y, weights, strengths, 0).scores(x), before, rtol=0, atol=0)
 
 
 def test_training_leaves_the_random_numbers_of_others_alone():

@@ -6,7 +6,7 @@ Neither is certified: how near a fit comes to its optimum is the estimator's, or
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from torch.func import functional_call, grad, vmap
 
 from gapprobe.errors import ConfigError, DataError
 from gapprobe.kernels.moments import standard
-from gapprobe.probes.base import check_problems, chunks
+from gapprobe.probes.base import ROOM, check_problems, chunks
 
 SURE = 1e-12  # probabilities of others are taken to be no nearer to 0 and 1: log-odds must be finite
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+SPARSE = 0.8  # members that have stopped are let go once so few are left: a copy costs as much as a step
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ class ModuleProbe:
     every: int = 10
     patience: int = 10
     calibrated: bool = field(default=True, init=False)
+    room: ClassVar[int] = 8 * ROOM  # members trained side by side, and what autograd holds of them
 
     def fit(
         self,
@@ -294,7 +296,7 @@ class ModuleProbe:
     ) -> dict[str, Tensor]:
         p, n = y.shape
         draw = torch.Generator().manual_seed(seed)
-        held = _held_out(y, weights > 0, self.held_out, draw)
+        held = held_out_rows(y, weights > 0, self.held_out, draw)
         taught = weights.where(~held, 0.0)
         total = taught.sum(1, keepdim=True)
         share, decay = (taught / total).float(), (1 / (strengths * total[:, 0])).float()
@@ -311,13 +313,23 @@ class ModuleProbe:
         gradients = vmap(grad(loss), randomness="same")
         losses = vmap(loss, randomness="same")
 
+        used, group = torch.unique(weights > 0, dim=0, return_inverse=True)
+        first = torch.stack([torch.nonzero(group == i)[0, 0] for i in range(len(used))])
+
+        def standardised(rows: Int64[Tensor, " b"]) -> Float32[Tensor, "g b d"]:
+            z = (x[rows].float() - mean[first, None]) / scale[first, None]
+            return z.masked_fill_(~used[:, rows, None], 0.0)  # of other rows nothing is seen
+
+        # Members with the same rows share them, standardised once where there is room for all.
+        whole = standardised(torch.arange(n)) if used.numel() * x.shape[1] <= ROOM else None
+
         def seen(rows: Int64[Tensor, " b"], share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            z = (x[rows].float() - mean[:, None]) / scale[:, None]
-            own = share[:, rows]
-            return z.masked_fill_((own == 0)[..., None], 0.0), sign[:, rows], own  # of other rows nothing is seen
+            z = standardised(rows) if whole is None else whole[:, rows]
+            return z[group[on]], sign[on][:, rows], share[on][:, rows]
 
         parameters = {key: value.expand(p, *value.shape).clone() for key, value in start.items()}
         best = {key: value.clone() for key, value in parameters.items()}
+        on = torch.arange(p)  # members still trained: the others have stopped
         lowest, since = torch.full((p,), torch.inf), torch.zeros(p, dtype=torch.int64)
         judges = torch.nonzero(held.any(0))[:, 0]
         optimiser = torch.optim.Adam(parameters.values(), lr=self.lr)
@@ -331,7 +343,7 @@ class ModuleProbe:
                 rows = order[at : at + size]
                 z, signs, own = seen(rows, share)
                 module.train()
-                slopes = gradients(parameters, z, signs, own * (n / size), decay)
+                slopes = gradients(parameters, z, signs, own * (n / size), decay[on])
                 for key, value in parameters.items():
                     value.grad = slopes[key]
                 optimiser.step()
@@ -339,21 +351,35 @@ class ModuleProbe:
                 if not len(judges) or not ((step + 1) % self.every == 0 or last):
                     continue
                 module.eval()
-                now = lowest.new_zeros(p)
+                now = lowest.new_zeros(len(on))
                 with torch.no_grad():
                     for part in judges.split(size):
-                        now += losses(parameters, *seen(part, judged), decay * 0)
-                better = (now < lowest) & (since < self.patience)
-                lowest = torch.where(better, now, lowest)
-                since = torch.where(better, 0, since + 1)
+                        now += losses(parameters, *seen(part, judged), decay[on] * 0)
+                better = (now < lowest[on]) & (since[on] < self.patience)
+                lowest[on] = torch.where(better, now, lowest[on])
+                since[on] = torch.where(better, 0, since[on] + 1)
                 for key, value in parameters.items():
-                    best[key][better] = value[better]
-                if bool((since >= self.patience).all()):
+                    best[key][on[better]] = value[better]
+                going = since[on] < self.patience
+                if not bool(going.any()):
                     break
+                if int(going.sum()) <= SPARSE * len(on):
+                    on = on[going]
+                    parameters = {key: _kept(optimiser, value, going) for key, value in parameters.items()}
+                    optimiser.param_groups[0]["params"] = list(parameters.values())
         return best if len(judges) else parameters
 
 
-def _held_out(
+def _kept(optimiser: torch.optim.Optimizer, value: Float32[Tensor, "p ..."], some: Bool[Tensor, " p"]) -> Tensor:
+    """Return the part of some members, and give it their part of what the optimiser remembers."""
+    part = value[some]
+    optimiser.state[part] = {
+        key: kept[some] if kept.shape == value.shape else kept for key, kept in optimiser.state.pop(value).items()
+    }
+    return part
+
+
+def held_out_rows(
     y: Bool[Tensor, "p n"], used: Bool[Tensor, "p n"], share: float, draw: torch.Generator
 ) -> Bool[Tensor, "p n"]:
     """Choose a share of every problem's rows of each class, by one draw a row that all problems share."""

@@ -1,0 +1,276 @@
+"""Module probes: all folds and strengths of a layer as one ensemble, and one torch module after another.
+
+    python -m benchmarks.ensemble [--quick] [--runs N] [--steps N] [--json FILE]
+
+What each operation and figure means is in `benchmarks/README.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import tyro
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor, nn
+
+from benchmarks._measure import Cost, machine, tell, timed, unused, versions
+from benchmarks.probes import RESULTS, one_thread
+from benchmarks.probes_data import FOLDS, Layer, make_layer
+from gapprobe.probes.adapters import ModuleProbe
+from gapprobe.stats import auc
+
+HIDDEN = 64
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+SIZES = ((2000, 1024), (2000, 64), (200, 64))
+OURS, LOOP, FLOOR = "gapprobe", "torch-loop", "matmul"
+LABELS = {
+    OURS: "gapprobe",
+    LOOP: "one torch module after another",
+    FLOOR: "the bare products of the loop's steps",
+}
+WANTED = 10.0  # times our processor time that the loop is to take
+# Difference of log-odds, as a share of their root mean square. Sums run in another order, which leaves most members
+# 1e-7 apart; a unit that is off a step sooner, or a look that ends training, can make much more of it in a few.
+USUAL, BOUND = 1e-5, 0.1
+
+
+@dataclass
+class Options:
+    """Time training an ensemble of small modules."""
+
+    quick: bool = False
+    """The smallest operation alone, two rounds; prints the results."""
+    runs: int = 3
+    """Rounds."""
+    steps: int = 300
+    """Of Adam, at most."""
+    json: Path | None = None
+    """Write the results here. A full run writes to benchmarks/results/ by default; a file is never written over."""
+
+
+class WrongFit(Exception):
+    """The two give other scores: they have not done the same work, and timings mean nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """All folds and strengths of a layer; members are strengths of a fold, fold by fold."""
+
+    layer: Layer
+    probe: ModuleProbe
+
+    @property
+    def weights(self) -> Float64[Tensor, "p n"]:
+        """Return 1 for the rows that a member may see."""
+        used = self.layer.fold != torch.arange(FOLDS)[:, None]
+        return used.repeat_interleave(len(STRENGTHS), 0).double()
+
+    @property
+    def strengths(self) -> Float64[Tensor, " p"]:
+        """Return every member's."""
+        return torch.tensor(STRENGTHS, dtype=torch.float64).repeat(FOLDS)
+
+
+def make(d: int) -> nn.Module:
+    """Return a module of one hidden layer."""
+    return nn.Sequential(nn.Linear(d, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1), nn.Flatten(0))
+
+
+def ensemble(work: Work) -> Float64[Tensor, "p n"]:
+    """Train all members at once; return their log-odds of all rows."""
+    x, weights = work.layer.x, work.weights
+    fits = work.probe.fit(x, work.layer.y.expand(len(weights), -1), weights, work.strengths, 0)
+    return fits.scores(x)
+
+
+def loop(work: Work) -> Float64[Tensor, "p n"]:
+    """Train one member after another, as one would by hand; return their log-odds of all rows.
+
+    The start, the rows held out, the order of the batches and the rule to stop are those of `ModuleProbe`; a batch
+    holds the member's own rows only, standardised once a fold.
+    """
+    x, y, probe = work.layer.x, work.layer.y, work.probe
+    sign, scores = 2.0 * y.float() - 1.0, []
+    for fold in range(FOLDS):
+        used = work.layer.fold != fold
+        own = x[used].double()
+        z = ((x - own.mean(0)) / own.std(0, correction=0)).float()
+        for strength in STRENGTHS:
+            draw = torch.Generator().manual_seed(0)
+            held = _held(y, used, probe.held_out, draw)
+            scores.append(_train(probe, z, sign, used & ~held, held, strength, draw)(z).double())
+    return torch.stack(scores)
+
+
+def _train(
+    probe: ModuleProbe,
+    z: Float[Tensor, "n d"],
+    sign: Float[Tensor, " n"],
+    taught: Bool[Tensor, " n"],
+    held: Bool[Tensor, " n"],
+    strength: float,
+    draw: torch.Generator,
+) -> Callable[[Tensor], Tensor]:
+    torch.manual_seed(0)
+    module = make(z.shape[1])
+    optimiser = torch.optim.Adam(module.parameters(), lr=probe.lr)
+    n, total = len(z), float(taught.sum())
+    size, order = min(probe.batch, n), torch.arange(n)
+    best, lowest, since = {key: value.clone() for key, value in module.state_dict().items()}, float("inf"), 0
+    for step in range(probe.steps):
+        at = step * size % max(size, n - n % size)
+        if size < n and at == 0:
+            order = torch.randperm(n, generator=draw)
+        rows = order[at : at + size]
+        rows = rows[taught[rows]]
+        optimiser.zero_grad()
+        loss = nn.functional.softplus(-sign[rows] * module(z[rows])).sum() * (n / size / total)
+        penalty = sum(value.square().sum() for value in module.parameters() if value.ndim > 1)
+        (loss + penalty / (2 * strength * total)).backward()
+        optimiser.step()
+        if (step + 1) % probe.every == 0 or step == probe.steps - 1:
+            with torch.no_grad():
+                now = float(nn.functional.softplus(-sign[held] * module(z[held])).mean())
+            if now < lowest:
+                best, lowest, since = {key: value.clone() for key, value in module.state_dict().items()}, now, 0
+            else:
+                since += 1
+                if since >= probe.patience:
+                    break
+    module.load_state_dict(best)
+    return torch.no_grad()(module.eval().forward)
+
+
+def _held(y: Bool[Tensor, " n"], used: Bool[Tensor, " n"], share: float, draw: torch.Generator) -> Bool[Tensor, " n"]:
+    lot, held = torch.rand(len(y), generator=draw), torch.zeros_like(used)
+    for label in (True, False):
+        rows = torch.nonzero(used & (y == label))[:, 0]
+        held[rows[lot[rows].argsort()][: int(len(rows) * share)]] = True
+    return held
+
+
+def products(work: Work) -> float:
+    """Multiply as often as the loop does if no member stops: the first layer, forwards and its gradient."""
+    n, d = work.layer.x.shape
+    rows = round(min(work.probe.batch, n) * (1 - 1 / FOLDS) * (1 - work.probe.held_out))
+    z, w, slope = torch.randn(rows, d), torch.randn(HIDDEN, d), torch.randn(rows, HIDDEN)
+    forwards, backwards = torch.empty(rows, HIDDEN), torch.empty(HIDDEN, d)
+    for _ in range(work.probe.steps * FOLDS * len(STRENGTHS)):
+        torch.mm(z, w.T, out=forwards)
+        torch.mm(slope.T, z, out=backwards)
+    return float(backwards[0, 0])
+
+
+def compared(work: Work, ours: Float64[Tensor, "p n"], theirs: Float64[Tensor, "p n"]) -> str:
+    """Say how far scores and held-out areas are apart.
+
+    Raises:
+        WrongFit: further than rounding takes them.
+    """
+    away = (ours - theirs).square().mean(1).sqrt() / theirs.square().mean(1).sqrt()
+    out = (work.layer.fold == torch.arange(FOLDS)[:, None]).repeat_interleave(len(STRENGTHS), 0)
+    y = work.layer.y
+    areas = [
+        abs(auc(a[rows].numpy(), y[rows].numpy()) - auc(b[rows].numpy(), y[rows].numpy()))
+        for a, b, rows in zip(ours, theirs, out, strict=True)
+    ]
+    if not (float(away.max()) <= BOUND and float(away.median()) <= USUAL):
+        raise WrongFit(
+            f"log-odds of member {int(away.argmax())} are {away.max():.1e} apart, of half {away.median():.1e}"
+        )
+    return (
+        f"log-odds of {len(ours)} members against {LOOP}'s: {away.median():.1e} apart in the middle (bound {USUAL:g}), "
+        f"{away.max():.1e} at most (bound {BOUND:g}); held-out areas {max(areas):.1e} at most"
+    )
+
+
+def benchmark(
+    options: Options, sizes: tuple[tuple[int, int], ...] = SIZES, probe: ModuleProbe | None = None
+) -> dict[str, Any]:
+    """Run everybody on every size in turn; return the results as in `benchmarks/README.md`.
+
+    Raises:
+        WrongFit: the two have not done the same work.
+    """
+    probe = probe or ModuleProbe(make, "mlp", STRENGTHS, steps=options.steps)
+    described, rows, order = machine(Path()), [], random.Random(0)
+    contestants: dict[str, Callable[[Work], Any]] = {OURS: ensemble, LOOP: loop, FLOOR: products}
+    with one_thread():
+        for n, d in sizes[-1:] if options.quick else sizes:
+            work, costs, found = Work(make_layer(n, d), probe), {name: list[Cost]() for name in contestants}, {}
+            for name, run in contestants.items():  # warms up, and is compared
+                found[name] = run(work)
+            check = compared(work, found[OURS], found[LOOP])
+            for _ in range(min(2, options.runs) if options.quick else options.runs):
+                for name in order.sample(list(contestants), len(contestants)):
+                    _, cost = timed(lambda name=name, work=work: contestants[name](work))
+                    costs[name].append(cost)
+                    tell(f"ensemble-{n}x{d:<6} {name:<12} {cost.seconds:8.3f} s {cost.cpu_seconds:8.3f} s of processor")
+            rows += [
+                {
+                    "operation": f"ensemble-{n}x{d}",
+                    "contestant": name,
+                    "seconds": [round(cost.seconds, 4) for cost in costs[name]],
+                    "cpu_seconds": [round(cost.cpu_seconds, 4) for cost in costs[name]],
+                    "peak_bytes": max(cost.peak_bytes for cost in costs[name]),
+                    "floor": FLOOR,
+                    "check": "products alone: nothing is trained" if name == FLOOR else check,
+                }
+                for name in contestants
+            ]
+    data = {"folds": FOLDS, "strengths": list(STRENGTHS), "hidden": HIDDEN, "steps": probe.steps, "batch": probe.batch}
+    return {
+        "machine": described,
+        "versions": versions(("torch", "numpy", "gapprobe")),
+        "data": data,
+        "threads": 1,
+        "labels": LABELS,
+        "goals": goals(rows),
+        "rows": rows,
+    }
+
+
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how many times our processor time the loop takes, and whether that is what was aimed at."""
+    found = []
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        ours, theirs = (
+            median(row["cpu_seconds"])
+            for name in (OURS, LOOP)
+            for row in rows
+            if (row["operation"], row["contestant"]) == (operation, name)
+        )
+        goal = {"operation": operation, "goal": f"processor time of {LOOP} over ours", "value": round(theirs / ours, 2)}
+        found.append(goal | {"at_least": WANTED, "met": theirs / ours >= WANTED})
+    return found
+
+
+def main(options: Options) -> None:
+    """Measure."""
+    target = options.json or (None if options.quick else unused(RESULTS, "ensemble"))
+    if target and target.exists():
+        sys.exit(f"{target} exists; results are never written over")
+    try:
+        results = benchmark(options)
+    except WrongFit as error:
+        sys.exit(f"stopped: {error}")
+    for goal in results["goals"]:
+        tell(f"{goal['operation']:<18} {goal['goal']} {goal['value']:.2f} {'met' if goal['met'] else 'MISSED'}")
+    text = json.dumps(results, indent=1)
+    if target:
+        target.write_text(text + "\n", encoding="utf-8")
+        tell(f"{target}")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
