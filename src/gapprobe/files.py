@@ -1,4 +1,7 @@
-"""Writing files so that a kill or a full disk leaves the old one or the new one, and what disks fail at, in words."""
+"""Writing files so that a kill or a full disk leaves the old one or the new one, and what disks fail at, in words.
+
+Also how much room there is, on a disk and in memory.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from gapprobe.errors import DataError, OutputError
 
@@ -50,6 +55,22 @@ def require_room(folder: Path, size: int, what: str, mend: str | Callable[[int],
     if size > free:
         mend = mend if isinstance(mend, str) else mend(free)
         raise OutputError(f"{folder}: {what} takes about {told_bytes(size)}, and {told_bytes(free)} are free. {mend}")
+
+
+def free_memory() -> int:
+    """Return the bytes of main memory that are free, of this process' share where it has one (a container's limit).
+
+    Pages of files that were read count as free: the kernel drops them when memory is asked for.
+    """
+    free = psutil.virtual_memory().available
+    share = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((share / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (share / "memory.stat").read_text().splitlines())
+        cached = int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return free
+    return min(free, max(limit - used + cached, 0))
 
 
 def told_count(count: int, what: str) -> str:

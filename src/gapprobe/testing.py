@@ -12,18 +12,23 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from gapprobe.errors import DataError
-from gapprobe.probes.base import Fits, Probe
+from gapprobe.errors import ConfigError, DataError
+from gapprobe.probes.base import Fits, Probe, reads
+from gapprobe.probes.tokens import Tokens
 from gapprobe.stats import auc
 
 FOUND = 0.9  # area that a planted direction must reach on fresh rows; the best rule reaches 0.997
 APART = 4.0  # deviations between the planted classes: the direction is the rows' first principal one, too
 ROWS, FRESH, WIDTH = 160, 120, 6
+LONGEST = 4  # tokens of a row, where a probe reads tokens
 
 
 @dataclass(frozen=True)
 class Planted:
     """Three problems on rows whose class is planted along one direction: labels, labels flipped, labels, more freely.
+
+    A probe that reads tokens gets rows of several, each of which shows the class; one that reads pairs gets rows beside
+    rows of the other class.
 
     Attributes:
         x: rows to learn from, then fresh rows.
@@ -32,7 +37,7 @@ class Planted:
         strengths: of every problem.
     """
 
-    x: Float[Tensor, "n d"]
+    x: Float[Tensor, "n d"] | Tokens
     y: Bool[Tensor, "p n"]
     weights: Float64[Tensor, "p n"]
     strengths: Float64[Tensor, " p"]
@@ -45,7 +50,14 @@ class Planted:
         label = torch.rand(n, generator=g) < 0.5
         direction = torch.randn(WIDTH, generator=g)
         direction *= APART / direction.norm()
-        x = torch.randn(n, WIDTH, generator=g) + (label.float()[:, None] - 0.5) * direction + 1.0
+        shown = (label.float()[:, None] - 0.5) * direction
+        x: Tensor | Tokens = torch.randn(n, WIDTH, generator=g) + shown + 1.0
+        if reads(probe) == "tokens":
+            lengths = torch.randint(1, LONGEST + 1, (n,), generator=g)
+            values = torch.randn(int(lengths.sum()), WIDTH, generator=g) + shown.repeat_interleave(lengths, 0) + 1.0
+            x = Tokens(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+        elif reads(probe) == "pairs":
+            x = torch.cat([x, torch.randn(n, WIDTH, generator=g) - shown + 1.0], dim=1)
         weights = 0.5 + torch.rand(3, n, generator=g).double()
         weights *= torch.rand(3, n, generator=g) < 0.8
         weights[:, ROWS:] = 0.0
@@ -102,6 +114,10 @@ def _attributes(probe: object) -> Probe:
         raise AssertionError(f"{probe!r} is no probe: it needs name, strengths and calibrated, and a method fit")
     name, strengths, calibrated = (getattr(probe, key) for key in ("name", "strengths", "calibrated"))
     _claim(isinstance(name, str) and bool(name), probe, "name must be a text that users can type")
+    try:
+        reads(probe)
+    except ConfigError as error:
+        raise AssertionError(str(error)) from error
     numbers = isinstance(strengths, tuple) and all(float(strength) > 0 for strength in strengths)
     _claim(numbers and len(strengths) > 0, probe, "strengths must be a tuple of numbers above 0, one at least")
     _claim(isinstance(calibrated, bool), probe, "calibrated must be True or False")
@@ -124,7 +140,8 @@ def _unchanged(probe: Probe, planted: Planted) -> None:
     x, y, weights, strengths = (part.clone() for part in vars(planted).values())
     probe.fit(x, y, weights, strengths, 0).scores(x)
     for (name, before), after in zip(vars(planted).items(), (x, y, weights, strengths), strict=True):
-        _claim(torch.equal(after, before), probe, f"changes {name}, which all problems and callers share")
+        same = torch.equal(*(part.values if isinstance(part, Tokens) else part for part in (after, before)))
+        _claim(same, probe, f"changes {name}, which all problems and callers share")
 
 
 def _repeatable(probe: Probe, planted: Planted) -> None:
@@ -178,7 +195,8 @@ def _no_trace(probe: Probe, planted: Planted, tolerance: float) -> None:
     """Spoil the rows that problem 0 leaves out, with their labels: its neighbours may change, it may not."""
     out = planted.weights[0] == 0
     x, y = planted.x.clone(), planted.y.clone()
-    x[out] = 100.0 - 3.0 * x[out]
+    values, spoilt = (x.values, out[x.row]) if isinstance(x, Tokens) else (x, out)
+    values[spoilt] = 100.0 - 3.0 * values[spoilt]
     y[0, out] = ~y[0, out]
     ours, theirs = planted.fit(probe), Planted(x, y, planted.weights, planted.strengths).fit(probe)
     fresh = planted.x[ROWS:]

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from gapprobe.cli import main
+from gapprobe.probes.saved import load_sweep
 from gapprobe.store.exchange.importing import import_activations
 
 
@@ -30,3 +31,23 @@ def test_it_writes_tables_and_a_figure_and_goes_on(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["probe", str(tmp_path / "acts"), "--target", "wrong"])
     assert "no column 'wrong'; it has right, who" in capsys.readouterr().err
+
+
+def test_random_controls_and_the_saved_sweep_come_from_the_command_too(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    right = rng.random(90) < 0.5
+    labels = pd.DataFrame({"right": right}, index=[f"r{i}" for i in range(90)])
+    for name, shift in (("trained", 3.0), ("random", 0.0)):
+        x = rng.normal(size=(90, 1, 6)).astype(np.float32)
+        x[:, 0, 0] += shift * right
+        import_activations(tmp_path / name, x, labels, model=name)
+    command = ["probe", str(tmp_path / "trained"), "--target", "right", "--out", str(tmp_path / "out")]
+    command += ["--random-model", str(tmp_path / "random"), "--controls", "random_model", "random_projection"]
+    main([*command, "--dimensions", "2", "--strengths", "0.1", "1"])
+    assert "the probe beats it" in capsys.readouterr().out
+    sweep = load_sweep(tmp_path / "out" / "sweep")
+    assert set(sweep.table.kind) == {"probe", "random_model", "random_projection"}
+    assert sweep.cell().coefficients(0).coef.shape == (2, 5, 6)
+    areas = sweep.table.set_index("kind").auc
+    assert areas["random_model"] < 0.65
+    assert areas["random_model"] < areas["random_projection"] < areas["probe"]

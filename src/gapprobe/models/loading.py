@@ -62,6 +62,7 @@ def load_model(
     quantized: Quantized = "none",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    random_weights: int | None = None,
 ) -> Model:
     """Load a model so that it can be traced: a vision-language model, an audio-language model or a plain causal one.
 
@@ -79,16 +80,25 @@ def load_model(
         quantized: "8bit" or "4bit" loads the weights quantised (needs the package bitsandbytes).
         allow_pickle: read weights that are not in safetensors. A pickle can run any code: off, and best left off.
         trust_remote_code: let code from the model's repository run. Off, and best left off.
+        random_weights: a seed. No weights are read: the model has those that its architecture starts training from, so
+            what a probe reads there no training put there. The header of a store has the seed, and other weights.
 
     Raises:
         ModelError: what `source` names is not there, is no model that gapprobe can trace, or lacks a part.
     """
+    if random_weights is not None and (
+        isinstance(source, PreTrainedModel) or quantized != "none" or device == "spread"
+    ):
+        raise ModelError(
+            "random_weights are drawn for a model's folder or Hugging Face id, on one device and not quantised; give "
+            "source, device and quantized so"
+        )
     if isinstance(source, PreTrainedModel):
         return _instantiated(source, processor)
     folder, commit = _find(source, revision)
     where = str(source)
     architecture = _architecture(_read_config(folder, where), where)
-    if commit is None:  # the hub's client fetches what it needs, and says what is not there
+    if commit is None and random_weights is None:  # the hub's client fetches what it needs, and says what is not there
         _require_weights(folder, where, allow_pickle)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     options |= {"local_files_only": True} if commit is None else {"revision": commit}
@@ -105,11 +115,14 @@ def load_model(
     options |= place | {"use_safetensors": None if allow_pickle else True}
     options |= {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     options |= {"attn_implementation": attention} if attention else {}
-    hf = _load_weights(kind, name, where, options)
+    if random_weights is None:
+        hf = _load_weights(kind, name, where, options)
+    else:
+        hf = _draw_weights(kind, config, where, dtype, attention, random_weights)
     if not place:
         cast(nn.Module, hf).to(_device(device))
-    files = tuple(sorted(folder.glob("*.safetensors")))
-    return _finished(hf, processor, family, where, commit or "", files)
+    files = tuple(sorted(folder.glob("*.safetensors"))) if random_weights is None else ()
+    return _finished(hf, processor, family, where, commit or "", files, random_weights)
 
 
 def _instantiated(hf: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase | None) -> Model:
@@ -129,6 +142,7 @@ def _finished(
     where: str,
     revision: str = "",
     files: tuple[Path, ...] = (),
+    random_weights: int | None = None,
 ) -> Model:
     known = family or _probed(hf, where)
     if known.encoder:
@@ -139,7 +153,7 @@ def _finished(
                 "for all tokens, so only models with as many of both can be traced"
             )
     ready = _ready_processor(processor, known, where)
-    model = Model(hf.eval().requires_grad_(False), ready, known, where, revision, files)
+    model = Model(hf.eval().requires_grad_(False), ready, known, where, revision, files, random_weights)
     if family is None:
         check_model(model).require()
         warnings.warn(
@@ -289,6 +303,23 @@ def _load_weights(kind: Any, name: str, where: str, options: dict[str, Any]) -> 
     if missing := sorted(told["missing_keys"]):
         raise ModelError(f"{where}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}")
     return hf
+
+
+def _draw_weights(
+    kind: Any, config: Any, where: str, dtype: Dtype, attention: str | None, seed: int
+) -> PreTrainedModel:
+    """Return the model with the weights that its architecture starts from; the process' own random numbers are left."""
+    options: dict[str, Any] = {"dtype": getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)}
+    options |= {"attn_implementation": attention} if attention else {}
+    # AutoModel's classes have a public name for it, the architectures' own do not.
+    make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return make(config, **options)
+        # As for files: an unusable configuration is answered with nearly any exception.
+        except Exception as error:
+            raise ModelError(f"{where}: random weights cannot be drawn: {_first_line(error)}") from error
 
 
 def _place(device: str, quantized: Quantized) -> dict[str, Any]:

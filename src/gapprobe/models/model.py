@@ -48,6 +48,7 @@ class Model:
         source: the hub id or folder as it was given, or the class of an instantiated model.
         revision: commit of a hub model, else "".
         files: the safetensors files the weights came from; none for an instantiated model.
+        random_weights: the seed that the weights were drawn with, where they were not trained.
     """
 
     hf: PreTrainedModel = field(repr=False)
@@ -56,6 +57,7 @@ class Model:
     source: str
     revision: str = ""
     files: tuple[Path, ...] = ()
+    random_weights: int | None = None
     _text_starts: dict[tuple[bool, str], int] = field(
         default_factory=dict[tuple[bool, str], int], init=False, repr=False
     )
@@ -187,7 +189,7 @@ class Model:
             "weights": self.weights_fingerprint,
             "config": self.config_fingerprint,
             "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        } | ({} if self.random_weights is None else {"random_weights": str(self.random_weights)})
 
     @cached_property
     def weights_fingerprint(self) -> str:

@@ -4,12 +4,12 @@ A problem is one fold, target, strength and set of labels; all problems of a cal
 `fit` as below; a scikit-learn estimator (`from_sklearn`); a `torch.nn.Module` (`from_module`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module, metadata
+from importlib import import_module
 from pkgutil import iter_modules
-from typing import Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from einops import einsum
@@ -17,15 +17,19 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from gapprobe.errors import ConfigError, DataError
+from gapprobe.kernels.moments import blocks
+from gapprobe.probes.tokens import Tokens, finite_rows
+from gapprobe.registry import Registry
 
-ENTRY_POINTS = "gapprobe.probes"
+ROOM = 1 << 26  # numbers that problems fitted side by side hold, at most
+READS = ("rows", "tokens", "pairs")
 
 
 @runtime_checkable
 class Fits(Protocol):
     """Problems that were fitted."""
 
-    def scores(self, x: Float[Tensor, "n d"]) -> Float64[Tensor, "p n"]:
+    def scores(self, x: Any) -> Float64[Tensor, "p n"]:
         """Return how positive each row looks to each problem; log-odds, where `Probe.calibrated`."""
         ...
 
@@ -39,6 +43,11 @@ class Probe(Protocol):
         strengths: what a sweep tries where the user says nothing: inverse strengths of the penalty, as in scikit-learn
             (larger is freer), or one number where there is nothing to choose.
         calibrated: whether scores are log-odds.
+
+    A kind may have one attribute more, `reads`: what `fit` and `scores` get as x. "rows", which is what a kind without
+    it reads, is a tensor [n d]; "tokens" is `Tokens`, all tokens of n rows; "pairs" is a tensor [n e] whose first half
+    is a row and whose second half the row that contrasts it. And `room`: bytes that a fit takes beside X, at most,
+    where that is more than a few numbers a row and feature of each problem (`Need`): ensembles, and rows by rows.
     """
 
     # Properties here: a kind has class attributes, an adapter's probe has its own.
@@ -59,7 +68,7 @@ class Probe(Protocol):
 
     def fit(
         self,
-        x: Float[Tensor, "n d"],
+        x: Any,
         y: Bool[Tensor, "p n"],
         weights: Float64[Tensor, "p n"],
         strengths: Float64[Tensor, " p"],
@@ -68,7 +77,8 @@ class Probe(Protocol):
         """Fit every problem.
 
         Args:
-            x: features, raw, shared by all problems: standardise by a problem's own rows where that matters.
+            x: what the kind `reads`, raw, shared by all problems: standardise by a problem's own rows where that
+                matters.
             y: labels of every problem.
             weights: of every problem's rows; a row of weight 0 must leave no trace, not even in a standardisation.
             strengths: of every problem.
@@ -94,11 +104,14 @@ class LinearFits:
 
     def scores(self, x: Float[Tensor, "n d"]) -> Float64[Tensor, "p n"]:
         """Return coef . x + intercept."""
-        return einsum(self.coef, x.double(), "p d, n d -> p n") + self.intercept[:, None]
+        out = self.intercept[:, None].repeat(1, len(x))
+        for block in blocks(*x.shape):  # a float64 copy of all of a layer would be its largest array
+            out[:, block] += einsum(self.coef, x[block].double(), "p d, n d -> p n")
+        return out
 
 
 P = TypeVar("P", bound=Callable[..., Probe])
-_KINDS: dict[str, Callable[..., Probe]] = {}
+_PROBES: Registry[Probe] = Registry("probe", "gapprobe.probes")
 
 
 def register_probe(kind: P) -> P:
@@ -107,40 +120,54 @@ def register_probe(kind: P) -> P:
     Raises:
         ConfigError: another class has the name.
     """
-    name = str(getattr(kind, "name", ""))
-    if not name:
-        raise ConfigError(f"{kind!r} has no `name`: give the class one, users will type it")
-    known = _KINDS.setdefault(name, kind)
-    if known is not kind and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ConfigError(f"two probes are called {name!r}: {known!r} and {kind!r}; rename one")
-    _KINDS[name] = kind
+    _PROBES.add(kind)
     return kind
 
 
 def known_probes() -> tuple[str, ...]:
     """Return the names of all probes: ours, and those of installed packages (entry points `gapprobe.probes`)."""
     _ours()
-    return tuple(sorted({*_KINDS, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))}))
+    return _PROBES.names()
 
 
-def find_probe(probe: str | Probe) -> Probe:
-    """Return a probe by its name; a probe is returned as it is.
+def reads(probe: Probe) -> str:
+    """Return what a probe reads: one of `READS`.
 
     Raises:
-        ConfigError: no probe has that name, or what was given is none.
+        ConfigError: it says something else.
     """
+    told = getattr(probe, "reads", "rows")
+    if told not in READS:
+        raise ConfigError(f"the probe {probe.name!r} reads {told!r}; `reads` must be one of {', '.join(READS)}")
+    return told
+
+
+def find_probe(probe: str | Probe, reading: Collection[str] = READS) -> Probe:
+    """Return a probe by its name; a probe is returned as it is.
+
+    Args:
+        probe: name or probe.
+        reading: what the caller can give it to read.
+
+    Raises:
+        ConfigError: no probe has that name, what was given is none, or it reads something else.
+    """
+    found = _named(probe)
+    if reads(found) not in reading:
+        raise ConfigError(
+            f"the probe {found.name!r} reads {reads(found)}, and here there are only {' or '.join(reading)}; "
+            "gp.sweep_probes can give it what it reads"
+        )
+    return found
+
+
+def _named(probe: str | Probe) -> Probe:
     if not isinstance(probe, str):
         if not isinstance(cast(object, probe), Probe):  # whatever the annotation says
             raise ConfigError(f"{probe!r} is no probe: it needs name, strengths, calibrated and fit(); see gp.Probe")
         return probe
     _ours()
-    if probe not in _KINDS:
-        for point in metadata.entry_points(group=ENTRY_POINTS):
-            if point.name == probe:
-                register_probe(point.load())
-    if probe not in _KINDS:
-        raise ConfigError(f"no probe is called {probe!r}; there are {', '.join(known_probes())}")
-    return _KINDS[probe]()
+    return _PROBES.find(probe)()
 
 
 @cache
@@ -151,14 +178,14 @@ def _ours() -> None:
         import_module(f"gapprobe.probes.kinds.{module.name}")
 
 
-def chunks(problems: int, numbers_each: int, room: int = 1 << 26) -> Iterator[slice]:
+def chunks(problems: int, numbers_each: int, room: int = ROOM) -> Iterator[slice]:
     """Cut problems into parts whose numbers fit into memory side by side."""
     size = max(1, room // max(1, numbers_each))
     return (slice(start, start + size) for start in range(0, problems, size))
 
 
 def check_problems(
-    x: Float[Tensor, "n d"],
+    x: Float[Tensor, "n d"] | Tokens,
     y: Bool[Tensor, "p n"],
     weights: Float[Tensor, "p n"],
     strengths: Float[Tensor, " p"] | None = None,
@@ -169,8 +196,9 @@ def check_problems(
         DataError: features that are not finite, weights that are negative or not finite, strengths that are not above
             0, or a problem without a row of each class.
     """
-    if not bool(torch.isfinite(x).all()):
-        raise DataError(f"row {int(torch.nonzero(~torch.isfinite(x))[0, 0])} of x holds NaN or infinity")
+    finite = finite_rows(x)
+    if not bool(finite.all()):
+        raise DataError(f"row {int(torch.nonzero(~finite)[0, 0])} of x holds NaN or infinity")
     if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise DataError("weights must be finite and not negative")
     if strengths is not None and not bool((strengths > 0).all()):

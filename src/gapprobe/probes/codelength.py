@@ -64,7 +64,7 @@ def online_code(
     Raises:
         DataError: labels of another length, portions that do not rise, or a probe whose scores are no log-odds.
     """
-    found = find_probe(probe)
+    found = find_probe(probe, ("rows",))
     if not found.calibrated:
         raise DataError(f"the scores of {found.name!r} are no log-odds, so they give no code; take the logistic probe")
     if len(target) != len(x):

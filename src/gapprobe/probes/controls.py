@@ -1,14 +1,17 @@
-"""What a probe must beat before it says anything: predictors that never see the image's activations.
+"""What a probe must beat before it says anything.
 
-`question_only` knows a row's relation and entity and how often they succeeded; `shuffled` has labels that mean nothing.
-The third control, the same probe at layer 0, needs no code of its own.
+`question_only` knows a row's relation and entity and how often they succeeded; `shuffled` has labels that mean nothing;
+`random_projection` sees a layer through a few random directions. The same probe at layer 0, and on a model of random
+weights, need no code of their own.
 """
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
 
 from gapprobe.kernels import logistic
+from gapprobe.kernels.moments import blocks
 from gapprobe.probes.splits import NestedFolds
 
 PSEUDO_ROWS = 2.0  # rows of the overall success rate that every smoothed rate starts from
@@ -40,6 +43,20 @@ def control_task(types: Shaped[np.ndarray, " n"], target: Bool[np.ndarray, " n"]
     codes = np.unique(types.astype(str), return_inverse=True)[1]
     drawn = np.random.default_rng(seed).random(int(codes.max(initial=0)) + 1) < target.mean()
     return drawn[codes]
+
+
+def projected(x: Float[Tensor, "n d"], dimensions: int, seed: int) -> Float[Tensor, "n k"]:
+    """Return rows seen through a random projection to `dimensions` features, Gaussian, the same for a width and a seed.
+
+    Source: Johnson & Lindenstrauss 1984: distances between rows are kept up to about 1 / sqrt(dimensions). What a probe
+    reads here, any small random view of the layer gives away: it says nothing of where the probe looks. The projection
+    is of raw features, so massive dimensions weigh in it as they do in the stream.
+    """
+    drawn = torch.randn(x.shape[1], dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    out = x.new_empty(len(x), dimensions, dtype=torch.float64)
+    for block in blocks(*x.shape):
+        out[block] = x[block].double() @ drawn / dimensions**0.5
+    return out
 
 
 def question_scores(

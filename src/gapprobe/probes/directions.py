@@ -19,6 +19,7 @@ from gapprobe.files import write_bytes
 from gapprobe.kernels import logistic
 from gapprobe.probes.base import LinearFits, Probe, find_probe
 from gapprobe.probes.labels import binary, target_of
+from gapprobe.probes.tokens import Position, Tokens
 from gapprobe.store.reader import Store
 
 KIND = "gapprobe direction"
@@ -122,7 +123,7 @@ def probe_direction(
         store: activations.
         target: label of each row to use, indexed by id, or a column of `store.rows`.
         layer: of the store.
-        position: token whose residual is read.
+        position: token whose residual is read, or many pooled to one, as "mean(image)" does.
         probe: a probe whose fits are linear.
         strength: the probe's middle one where left out.
         seed: of the probe.
@@ -133,9 +134,11 @@ def probe_direction(
     target = target_of(store.rows, target)
     if layer not in store.header.layers:
         raise DataError(f"the store holds layers {list(store.header.layers)}, not {layer}")
-    found = find_probe(probe)
+    found, place = find_probe(probe, ("rows",)), Position(store, position, [str(i) for i in target.index])
     chosen = found.strengths[len(found.strengths) // 2] if strength is None else strength
-    x = store.layer(layer, position=position, rows=[str(i) for i in target.index])
+    x = place.layer(layer)
+    if isinstance(x, Tokens):
+        raise DataError(f"rows have several tokens at {position!r}: pool them, position='mean({position})'")
     y = torch.from_numpy(binary(target))[None]
     mask = torch.ones_like(y)
     fits = found.fit(x, y, logistic.balanced(y, mask), torch.tensor([chosen], dtype=torch.float64), seed)

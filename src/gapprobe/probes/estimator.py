@@ -59,7 +59,7 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):
         weights = weights * compute_sample_weight(self.class_weight, y)
         if not np.bincount(codes, weights, minlength=2).all():
             raise ValueError("rows of weight above 0 are of one class only; a probe needs two")
-        found = find_probe(self.probe)
+        found = find_probe(self.probe, ("rows", "pairs"))
         strength = found.strengths[len(found.strengths) // 2] if self.strength is None else self.strength
         fits = found.fit(
             _tensor(x, X),

@@ -5,23 +5,34 @@ One safetensors file for each position, layer and probe, named by a hash of all 
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import xxhash
 from jaxtyping import Bool, Float64
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from torch import Tensor
 
 from gapprobe.errors import DataError
 from gapprobe.files import as_output_error, write_bytes
 from gapprobe.probes.base import Probe
+from gapprobe.probes.coefficients import Stored
 from gapprobe.probes.plan import HeldOut
+from gapprobe.store.reader import Store
 
 Which = tuple[str, str, int]  # target, split and seed
+PARTS = ("scores", "shuffled", "inner_auc")
+LAYOUT = 2  # of the files; another layout is another name
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def content_of(store: Store) -> str:
+    """Return a hash of a store's header and shards: activations of one model and shape need not be the same ones."""
+    shards = sorted(record.shard_xxh128 for record in store.records)
+    return xxhash.xxh3_128("".join((store.header.fingerprint, *shards)).encode()).hexdigest()
 
 
 class Kept:
@@ -29,7 +40,7 @@ class Kept:
 
     Attributes:
         folder: where.
-        store: fingerprint of the store that residuals come from.
+        store: what tells apart the residuals that were fitted; see `content_of`.
     """
 
     def __init__(self, folder: Path, store: str) -> None:
@@ -47,6 +58,7 @@ class Kept:
         position: str,
         layer: int,
         seed: int,
+        dimensions: int | None,
     ) -> str | None:
         """Return the name of a layer's numbers: a hash of all that they depend on; None where that cannot be told.
 
@@ -55,8 +67,8 @@ class Kept:
         settings = {name: repr(value) for name, value in sorted(vars(probe).items())}
         if any(ADDRESS.search(told) for told in settings.values()):
             return None
-        kind = (probe.name, type(probe).__module__, type(probe).__qualname__, settings)
-        said = (version("gapprobe"), self.store, kind, tuple(strengths), tuple(ids), seed)
+        kind = (LAYOUT, probe.name, type(probe).__module__, type(probe).__qualname__, settings)
+        said = (version("gapprobe"), self.store, kind, tuple(strengths), tuple(ids), seed, dimensions)
         hashed = xxhash.xxh3_128(repr(said).encode())
         hashed.update(np.packbits(labels.numpy()).tobytes())
         hashed.update(weights.numpy().tobytes())
@@ -69,21 +81,30 @@ class Kept:
         if not path.is_file():
             return None
         try:
-            arrays = load_file(path)
-            return {
-                which: HeldOut(arrays[f"{i}.scores"], arrays[f"{i}.shuffled"], arrays[f"{i}.inner_auc"])
-                for i, which in enumerate(cells)
-            }
-        except (SafetensorError, KeyError, OSError):
+            with safe_open(str(path), framework="numpy") as file:
+                names = set(file.keys())
+                out: dict[Which, HeldOut] = {}
+                for i, which in enumerate(cells):
+                    scores, shuffled, inner_auc = (file.get_tensor(f"{i}.{part}") for part in PARTS)
+                    linear = Stored(path, str(i)) if f"{i}.coef" in names else None
+                    out[which] = HeldOut(scores, shuffled, inner_auc, linear)
+                return out
+        except (SafetensorError, OSError):
             return None
 
-    def save(self, mark: str, held: Mapping[Which, HeldOut]) -> None:
-        """Keep a layer's numbers; the file appears whole or not at all.
+    def save(self, mark: str, held: Mapping[Which, HeldOut]) -> dict[Which, HeldOut]:
+        """Keep a layer's numbers; the file appears whole or not at all. Returns them with coefficients on disk only.
 
         Raises:
             OutputError: the disk is full, or the folder cannot be written.
         """
         with as_output_error(f"cannot make {self.folder}", lambda: "Layers fitted before are safe."):
             self.folder.mkdir(parents=True, exist_ok=True)
-        arrays = {f"{i}.{name}": value for i, own in enumerate(held.values()) for name, value in vars(own).items()}
-        write_bytes(self.folder / f"{mark}.safetensors", save(arrays))
+        path, arrays, out = self.folder / f"{mark}.safetensors", dict[str, np.ndarray](), dict[Which, HeldOut]()
+        for i, (which, own) in enumerate(held.items()):
+            arrays |= {f"{i}.{part}": getattr(own, part) for part in PARTS}
+            if own.linear is not None:
+                arrays |= own.linear.load().arrays(str(i))
+            out[which] = replace(own, linear=own.linear and Stored(path, str(i)))
+        write_bytes(path, save(arrays))
+        return out

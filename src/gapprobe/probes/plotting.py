@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours; controls differ by dash as well.
 _PROBES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_CONTROLS = {"shuffled": "dot", "question_only": "dash", "layer_0": "dashdot"}
+_CONTROLS = {"shuffled": "dot", "question_only": "dash", "layer_0": "dashdot"} | {
+    "random_projection": "longdash",
+    "random_model": "longdashdot",
+}
 _GREY = "#7F7F7F"
 _ABOUT = ("position", "target", "split", "seed")
 
@@ -49,7 +52,9 @@ def area_by_layer(table: pd.DataFrame) -> go.Figure:
                 band = [*line["ci_low"], *line["ci_high"][::-1]]
                 layers = [*line["layer"], *line["layer"][::-1]]
                 fill = {"fill": "toself", "fillcolor": color, "opacity": 0.18, "line": {"width": 0}}
-                figure.add_scatter(x=layers, y=band, **fill, hoverinfo="skip", showlegend=False, row=1, col=column)
+                figure.add_scatter(
+                    x=layers, y=band, mode="lines", **fill, hoverinfo="skip", showlegend=False, row=1, col=column
+                )
             figure.add_scatter(
                 x=line["layer"],
                 y=line["auc"],

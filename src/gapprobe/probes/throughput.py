@@ -84,7 +84,17 @@ def bench_probes(
     torch.set_num_threads(1)
     try:
         return _timed(
-            store, target, find_probe(probe), position, layers, strengths, folds, rows, width, against_sklearn, progress
+            store,
+            target,
+            find_probe(probe, ("rows",)),
+            position,
+            layers,
+            strengths,
+            folds,
+            rows,
+            width,
+            against_sklearn,
+            progress,
         )
     finally:
         torch.set_num_threads(threads)

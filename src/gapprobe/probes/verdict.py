@@ -15,6 +15,8 @@ MEANING: Mapping[str, str] = {
     "shuffled": "the same probe trained on shuffled labels",
     "question_only": "a predictor that sees only which question is asked about which entity",
     "layer_0": "the same probe on the embeddings (layer 0)",
+    "random_projection": "the same probe on a random projection to a few dimensions",
+    "random_model": "the same probe on the model with random weights",
 }
 
 

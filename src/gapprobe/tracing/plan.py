@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from gapprobe.errors import DataError, OutputError
 from gapprobe.files import require_room, told_bytes
 from gapprobe.models.sites import IN_TOWER
@@ -165,14 +163,3 @@ class Need:
         if fit >= 1:
             return f"Use dtype='bfloat16' and at most {fit} layers, or free some space."
         return f"Even one layer in bfloat16 fits for {int(free // (layer + TABLE_BYTES)):,} rows only; free some space."
-
-
-def free_memory() -> int:
-    """Return the bytes of main memory that are free, of this process' share where it has one (a container's limit)."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, max(limit - used, 0))

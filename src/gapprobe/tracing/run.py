@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from gapprobe.errors import ConfigError
-from gapprobe.files import told_bytes
+from gapprobe.files import free_memory, told_bytes
 from gapprobe.models.check import check_model, some_media
 from gapprobe.models.model import Model
 from gapprobe.models.sites import IN_TOWER, Site, layers_of
@@ -23,7 +23,7 @@ from gapprobe.store.writer import StoreWriter
 from gapprobe.tasks.examples import Example
 from gapprobe.tracing.answers import Decoding
 from gapprobe.tracing.batch import Batches
-from gapprobe.tracing.plan import Need, batches, free_memory, row_ids
+from gapprobe.tracing.plan import Need, batches, row_ids
 from gapprobe.tracing.positions import Position, Positions, parse_positions
 from gapprobe.tracing.tokens import TEXT_ROLES
 

@@ -67,6 +67,7 @@ class Knn:
     name = "knn"
     strengths = (5.0, 15.0, 50.0)
     calibrated = False
+    room = 32 * ROOM  # of distances, and of the neighbours' labels and weights, each in float64
 
     def fit(
         self,

@@ -3,7 +3,7 @@
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from gapprobe.probes.adapters import ModuleFits, from_module
+from gapprobe.probes.adapters import ModuleFits, ModuleProbe, from_module
 from gapprobe.probes.base import register_probe
 
 
@@ -14,6 +14,7 @@ class Mlp:
     name = "mlp"
     strengths = (1e-2, 1e-1, 1.0)
     calibrated = True
+    room = ModuleProbe.room
 
     def __init__(self, hidden: int = 64, steps: int = 300, lr: float = 3e-3) -> None:
         self.hidden, self.steps, self.lr = hidden, steps, lr
