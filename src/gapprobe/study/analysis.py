@@ -164,7 +164,6 @@ def lens(store: Store, outcomes: pd.DataFrame, model: Model, config: StudyConfig
 
     trials = counted(outcomes)
     weights = weights_for(trials, config.probe.replicates, config.seed)
-    unembedding = model.unembedding()
     gold = {answer: model.first_token(answer) for answer in trials["gold"].unique()}
     answers = store.rows["answer_token_ids"].dropna()
     generated = {str(i): int(tokens[0]) if len(tokens) else -1 for i, tokens in answers.items()}
@@ -176,14 +175,15 @@ def lens(store: Store, outcomes: pd.DataFrame, model: Model, config: StudyConfig
         answered = tokens >= 0
         read = logit_lens(
             store,
-            unembedding,
-            [i for i, there in zip(ids, answered, strict=True) if there],
+            model,
             tokens[answered],
+            rows=[i for i, there in zip(ids, answered, strict=True) if there],
             position="last_input",
-            weights=model.weights_fingerprint,
             layers=config.layers,
             norm=normed,
-        ).probability
+            top_k=0,
+            divergence=False,
+        ).probability[..., 0]
         out = np.full((len(read), len(ids)), np.nan)
         out[:, answered] = read
         return out

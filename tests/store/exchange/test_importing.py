@@ -200,13 +200,12 @@ def test_a_lens_accepts_what_was_imported_with_its_model(tmp_path):
     store = import_activations(tmp_path / "imported", x, ids=captured.ids, model=model)
     for name in ("model", "processor", "attention", "layers", "width"):
         assert getattr(store.header, name) == getattr(captured.header, name), name
-    rest = {"position": "last_input", "weights": model.weights_fingerprint}
     targets = np.array([5, 6, 7])
-    mine, theirs = (logit_lens(s, model.unembedding(), captured.ids, targets, **rest) for s in (store, captured))
+    mine, theirs = (logit_lens(s, model, targets, rows=captured.ids, position="last_input") for s in (store, captured))
     np.testing.assert_array_equal(mine.log_prob, theirs.log_prob)
     stranger = import_activations(tmp_path / "stranger", x)
     with pytest.raises(StoreError, match="weights imported"):
-        logit_lens(stranger, model.unembedding(), stranger.ids, targets, **rest)
+        logit_lens(stranger, model, targets, position="last_input")
     with pytest.raises(DataError, match=rf"width {D}, the model {model.width}"):
         import_activations(tmp_path / "no", ROWS, model=model)
     blocks = model.n_layers
