@@ -17,7 +17,9 @@ from gapprobe.kernels.preconditioner import Own, Shared, Spaces
 from gapprobe.kernels.standardised import Stack, Standardised
 
 MEMORY = 5  # pairs of step and change of gradient; 10 saves 3 % of the steps and costs more than that
-OWN = (15, 40, 80, 140, 200, 280)  # steps after which a problem's own Hessian is taken, if it still runs
+# Steps after which a problem's own Hessian is taken, if it still runs: in the small subspace, later in the large one.
+OWN = (15, 40, 80, 140)
+OWN_LARGE = (200, 240, 290, 350, 420)
 SLOPE = 0.5  # a step is taken when the slope at its end is this share of the slope at its start
 TRIALS = 20
 PATIENCE = {torch.float32: 12, torch.float64: 100}  # steps without a smaller gradient or value: only rounding is left
@@ -25,41 +27,51 @@ SMALLER = 1e-6  # share of its value by which an objective must fall to count: f
 
 
 class History:
-    """The last pairs of every problem, in a ring: the inverse Hessian that L-BFGS makes of them."""
+    """The last pairs of every problem: the inverse Hessian that L-BFGS makes of them.
+
+    Steps and changes lie in a ring; everything small is kept in the order of age, the oldest first.
+    """
 
     def __init__(self, like: Float[Tensor, "p e"]) -> None:
         """Start empty."""
         self.steps = like.new_zeros(len(like), MEMORY, like.shape[1])
         self.changes = torch.zeros_like(self.steps)
         self.products = like.new_zeros(len(like), MEMORY, MEMORY)  # step i . change j, for i not younger than j
-        self.order: list[int] = []
+        self.slots = torch.arange(MEMORY, device=like.device)  # by age
+        self.count = 0
 
     def add(self, step: Float[Tensor, "p e"], change: Float[Tensor, "p e"]) -> None:
         """Remember a pair in place of the oldest."""
-        slot = self.order.pop(0) if len(self.order) == MEMORY else len(self.order)
+        if self.count == MEMORY:
+            self.slots = self.slots.roll(-1)
+            self.products[:, :-1, :-1] = self.products[:, 1:, 1:].clone()
+        else:
+            self.count += 1
+        age = self.count - 1
+        slot = int(self.slots[age])
         length = torch.linalg.vecdot(step, change)
         # Where rounding has eaten the curvature the pair says nothing; zeros with a product of 1 leave no trace.
         useful = length > 0
         self.steps[:, slot] = step.where(useful[:, None], 0.0)
-        self.changes[:, slot] = change.where(useful[:, None], 0.0)
-        self.products[:, :, slot] = _against(self.steps, self.changes[:, slot])
-        self.products[:, slot, slot] = length.where(useful, 1.0)
-        self.order.append(slot)
+        change = change.where(useful[:, None], 0.0)
+        self.changes[:, slot] = change
+        self.products[:, : age + 1, age] = self._by_age(_against(self.steps, change))
+        self.products[:, age, age] = length.where(useful, 1.0)
 
     def before(self, gradient: Float[Tensor, "p e"]) -> tuple[Float[Tensor, "p e"], Float[Tensor, "p m"]]:
         """Return what the preconditioner is to be applied to, and the first loop's coefficients."""
-        if not self.order:
+        if not self.count:
             return gradient, gradient[:, :0]
-        seen = _against(self.steps, gradient)[:, self.order, None]
+        seen = self._by_age(_against(self.steps, gradient))[..., None]
         first = torch.linalg.solve_triangular(self._triangle(), seen, upper=True)[..., 0]
         return torch.baddbmm(gradient[:, None], self._ring(first)[:, None], self.changes, alpha=-1)[:, 0], first
 
     def after(self, moved: Float[Tensor, "p e"], first: Float[Tensor, "p m"]) -> Float[Tensor, "p e"]:
         """Finish: the second loop, on the preconditioned vector."""
-        if not self.order:
+        if not self.count:
             return moved
         triangle = self._triangle()
-        wanted = triangle.diagonal(dim1=1, dim2=2) * first - _against(self.changes, moved)[:, self.order]
+        wanted = triangle.diagonal(dim1=1, dim2=2) * first - self._by_age(_against(self.changes, moved))
         second = torch.linalg.solve_triangular(triangle.mT, wanted[..., None], upper=False)[..., 0]
         return torch.baddbmm(moved[:, None], self._ring(second)[:, None], self.steps)[:, 0]
 
@@ -69,12 +81,13 @@ class History:
         self.products = self.products[problems]
 
     def _triangle(self) -> Float[Tensor, "p m m"]:
-        return self.products[:, self.order][:, :, self.order]
+        return self.products[:, : self.count, : self.count]
 
-    def _ring(self, ordered: Float[Tensor, "p m"]) -> Float[Tensor, "p r"]:
-        out = ordered.new_zeros(len(ordered), MEMORY)
-        out[:, self.order] = ordered
-        return out
+    def _by_age(self, ring: Float[Tensor, "p r"]) -> Float[Tensor, "p m"]:
+        return ring.index_select(1, self.slots[: self.count])
+
+    def _ring(self, by_age: Float[Tensor, "p m"]) -> Float[Tensor, "p r"]:
+        return by_age.new_zeros(len(by_age), MEMORY).index_copy_(1, self.slots[: self.count], by_age)
 
 
 def descend(
@@ -123,7 +136,7 @@ def descend(
         return preconditioner.apply(vector.view(-1, e)).view_as(vector)
 
     gradient = gradient_at(point, weights)
-    preconditioner = Shared.of(spaces, per_class(view.counts), loss.curvature(point).flatten(0, 1))
+    preconditioner = Shared.of(spaces.small, per_class(view.counts), loss.curvature(point).flatten(0, 1))
     history = History(weights)
     gain = torch.ones_like(weights[:, 0])
     best, lowest = torch.full_like(gain, torch.inf), torch.full_like(gain, torch.inf)
@@ -145,8 +158,9 @@ def descend(
             history.keep(on)
         if not len(rows):
             break
-        if step in OWN:
-            preconditioner = Own.of(spaces, per_class(view.counts), view, loss.curvature(point).flatten(0, 1))
+        if step in OWN or step in OWN_LARGE:
+            space = spaces.small if step in OWN else spaces.large
+            preconditioner = Own.of(space, per_class(view.counts), view, loss.curvature(point).flatten(0, 1))
             history, gain = History(weights), torch.ones_like(gain)
         passed, first = history.before(gradient)
         direction = -history.after(precondition(passed) * gain[:, None], first)

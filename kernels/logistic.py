@@ -18,7 +18,7 @@ from gapprobe.kernels.certified import MARGIN, check, check_gaps, reach
 from gapprobe.kernels.certified import NotConvergedError as NotConvergedError
 from gapprobe.kernels.descent import descend
 from gapprobe.kernels.losses import Binary, Multinomial, Point
-from gapprobe.kernels.preconditioner import Subspace
+from gapprobe.kernels.preconditioner import Spaces
 from gapprobe.kernels.standardised import Stack, Standardised
 
 STEPS = 500  # in float32; real problems take 5 to 150
@@ -171,7 +171,7 @@ def fit_layers(
     features = Stack(tuple(Standardised(x, weights > 0) for x in xs), p)
     scaled = weights.double() * strengths[:, None]
     side_by_side = max(1, ROOM // (classes * (8 * n + 16 * d)))
-    spaces = tuple(Subspace.of(part, min(p, side_by_side) * classes) for part in features.parts)
+    spaces = Spaces(features.parts, min(p, side_by_side) * classes)
 
     def loss(dtype: torch.dtype, some: Tensor) -> Binary | Multinomial:
         own = some % p
@@ -184,9 +184,8 @@ def fit_layers(
         if goal < MARGIN * tolerance and dense:  # float64 descent was not enough
             taken = [_newton(features, exact, own, i, w) for i in range(len(own))]
             return w, torch.tensor(taken, device=w.device)
-        exact_spaces = tuple(space.to(torch.float64) for space in spaces)
         most = BRIEF if dense else MORE_STEPS
-        return descend(features, exact, w, exact_spaces, problems=own, goal=goal, most=most)
+        return descend(features, exact, w, spaces.to(torch.float64), problems=own, goal=goal, most=most)
 
     parts = [
         reach(features, spaces, loss, certify, again, part, tolerance, STEPS)

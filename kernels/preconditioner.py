@@ -8,7 +8,9 @@ real activations are nearly separable, curvature then differs a thousandfold bet
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +19,7 @@ from torch import Tensor
 from gapprobe.kernels.standardised import Standardised, View
 
 RANK = 192  # largest subspace
+LARGE = 640  # largest for problems that it does not do for: few are left then
 SAMPLE = 4096  # rows from which Hessians are taken
 NEGLIGIBLE = 0.3  # a row adds at most this to a curvature that the penalty makes at least 1: left out
 SPAN = 1e5  # largest ratio of eigenvalues inside and outside: float32 cannot take a projection off better than that
@@ -41,15 +44,12 @@ class Subspace:
     seen: Float[Tensor, "m f"]
 
     @classmethod
-    def of(cls, features: Standardised, problems: int) -> Subspace:
-        """Draw it at random (Halko, Martinsson & Tropp 2011, algorithm 4.4); only the speed of fits depends on it.
-
-        A larger subspace saves steps, which are worth more the more a step costs.
-        """
+    def of(cls, features: Standardised, rank: int) -> Subspace:
+        """Draw it at random (Halko, Martinsson & Tropp 2011, algorithm 4.4); only the speed of fits depends on it."""
         stride = math.ceil(len(features.x) / SAMPLE)
         z = features.shared[::stride, :-1]
         n, d = z.shape
-        rank = min(RANK, max(32, math.isqrt(len(features.x) * problems)), n, d)
+        rank = min(rank, n, d)
         draw = torch.Generator().manual_seed(0)
         probe = torch.randn(min(rank + 8, n, d), n, generator=draw).to(z)
         basis = torch.linalg.qr((probe @ z).T)[0]
@@ -66,7 +66,34 @@ class Subspace:
         return Subspace(self.basis.to(dtype), self.values.to(dtype), self.tail, self.stride, self.seen.to(dtype))
 
 
-Spaces = tuple[Subspace, ...]  # of each X of a stack
+class Spaces:
+    """A subspace of every X of a stack, and larger ones for problems that it does not do for; drawn when asked for."""
+
+    def __init__(self, parts: Sequence[Standardised], problems: int, dtype: torch.dtype = torch.float32) -> None:
+        """Take the features, how many problems share them (classes count), and the precision.
+
+        A larger subspace saves steps, which are worth more the more a step costs.
+        """
+        self._parts, self._problems, self._dtype = parts, problems, dtype
+
+    def to(self, dtype: torch.dtype) -> Spaces:
+        """Return the same in another precision."""
+        return Spaces(self._parts, self._problems, dtype)
+
+    @cached_property
+    def small(self) -> tuple[Subspace, ...]:
+        """Return what pays from the first step on."""
+        return self._drawn(min(RANK, max(32, math.isqrt(len(self._parts[0].x) * self._problems))))
+
+    @cached_property
+    def large(self) -> tuple[Subspace, ...]:
+        """Return what pays for problems that take hundreds of steps."""
+        return self._drawn(LARGE)
+
+    def _drawn(self, rank: int) -> tuple[Subspace, ...]:
+        return tuple(Subspace.of(part, rank).to(self._dtype) for part in self._parts)
+
+
 Counts = tuple[int, ...]  # how many rows of a tensor are of each
 
 
@@ -74,14 +101,14 @@ Counts = tuple[int, ...]  # how many rows of a tensor are of each
 class Shared:
     """V (h S + 1)^-1 V' + (1 - V V') / (h tail + 1), h the sum of a problem's curvatures."""
 
-    spaces: Spaces
+    spaces: tuple[Subspace, ...]
     counts: Counts
     inside: Float[Tensor, "q k"]
     outside: Float[Tensor, "q 1"]
     intercept: Float[Tensor, " q"]
 
     @classmethod
-    def of(cls, spaces: Spaces, counts: Counts, curvature: Float[Tensor, "q n"]) -> Shared:
+    def of(cls, spaces: tuple[Subspace, ...], counts: Counts, curvature: Float[Tensor, "q n"]) -> Shared:
         """Take the curvature of every row of every problem (each class of a problem counts as one here)."""
         h = curvature.sum(1, keepdim=True)
         parts = [own * space.values for own, space in zip(h.split(counts), spaces, strict=True)]
@@ -112,7 +139,7 @@ class Own:
     in both but for the few per cent by which a fold's deviations differ from those of all rows.
     """
 
-    spaces: Spaces
+    spaces: tuple[Subspace, ...]
     counts: Counts
     inverse: Float[Tensor, "q f f"]
     outside: Float[Tensor, "q 1"]
@@ -120,7 +147,7 @@ class Own:
     scaling: Float[Tensor, "q d"]
 
     @classmethod
-    def of(cls, spaces: Spaces, counts: Counts, view: View, curvature: Float[Tensor, "q n"]) -> Own:
+    def of(cls, spaces: tuple[Subspace, ...], counts: Counts, view: View, curvature: Float[Tensor, "q n"]) -> Own:
         """Form each problem's Hessian in the subspace from the rows whose curvature counts, and invert it."""
         q, f = len(curvature), spaces[0].seen.shape[1]
         stride = spaces[0].stride
@@ -175,7 +202,7 @@ def _kept(counts: Counts, some: Bool[Tensor, " q"]) -> Counts:
     return tuple(int(own.sum()) for own in some.split(counts))
 
 
-def _project(spaces: Spaces, counts: Counts, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q k"]:
+def _project(spaces: tuple[Subspace, ...], counts: Counts, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q k"]:
     """Return the vectors' coordinates, each in the subspace of its own features."""
     out = vectors.new_empty(len(vectors), spaces[0].basis.shape[1])
     for space, own, into in zip(spaces, vectors.split(counts), out.split(counts), strict=True):
@@ -183,7 +210,7 @@ def _project(spaces: Spaces, counts: Counts, vectors: Float[Tensor, "q d"]) -> F
     return out
 
 
-def _lift(spaces: Spaces, counts: Counts, seen: Float[Tensor, "q k"], out: Float[Tensor, "q d"]) -> None:
+def _lift(spaces: tuple[Subspace, ...], counts: Counts, seen: Float[Tensor, "q k"], out: Float[Tensor, "q d"]) -> None:
     """Add what has these coordinates to `out`."""
     for space, own, into in zip(spaces, seen.split(counts), out.split(counts), strict=True):
         into.addmm_(own, space.basis.T)

@@ -16,7 +16,7 @@ from torch import Tensor
 from gapprobe.kernels import ridge
 from gapprobe.kernels.certified import check, check_gaps, reach
 from gapprobe.kernels.losses import SquaredHinge
-from gapprobe.kernels.preconditioner import Subspace
+from gapprobe.kernels.preconditioner import Spaces
 from gapprobe.kernels.standardised import Standardised
 
 STEPS = 150  # in float32
@@ -78,7 +78,7 @@ def fit(
     features = Standardised(x, weights > 0)
     scaled = weights.double() * strengths[:, None]
     side_by_side = max(1, ROOM // (8 * n + 16 * d))
-    spaces = (Subspace.of(features, min(p, side_by_side)),)
+    spaces = Spaces([features], min(p, side_by_side))
 
     def loss(dtype: torch.dtype, some: Tensor) -> SquaredHinge:
         return SquaredHinge.of(y[some], scaled[some], dtype)

@@ -272,7 +272,7 @@ def test_preconditioners_are_the_inverse_hessian_where_the_subspace_is_everythin
     x, _ = problem(13, 90, 7)
     used = torch.rand(2, 90, generator=torch.Generator().manual_seed(1)) < 0.8
     features = Standardised(x, torch.ones(2, 90) > 0 if not curved else used)
-    spaces = (Subspace.of(features, 10_000),)
+    spaces = (Subspace.of(features, 10_000),)  # as large as it can be
     view = features.view(torch.arange(2), torch.float32)
     curvature = torch.full((2, 90), 30.0)
     if curved:
