@@ -32,10 +32,12 @@ unit: $(VENV)/.dev browser ## pytest, on all cores
 browser: $(VENV)/.dev ## a Chromium for the tests of the report, if there is none
 	$(BIN)/python tests/browser.py --install
 
-bench: $(VENV)/.dev ## store, capture and probes against their peers, then the demo's steps, as JSON (benchmarks/README.md)
+bench: $(VENV)/.dev ## store, capture, probes, cosines and lens against their peers, then the demo's steps, as JSON (benchmarks/README.md)
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.capture
 	$(BIN)/python -m benchmarks.probes
+	$(BIN)/python -m benchmarks.cosine
+	$(BIN)/python -m benchmarks.lens
 	$(BIN)/python -m benchmarks.demo
 
 bench-gpu: $(VENV)/.dev ## the Triton kernels against torch.matmul, where there is a GPU

@@ -22,12 +22,18 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
-from gapprobe.kernels import products_triton
+from gapprobe.kernels import cosine_triton, logit_lens_triton, products_triton
+from gapprobe.kernels.lens_parts import KEPT_ON_GPU
 
 TABLE = Path(__file__).parents[1] / "docs" / "compiled-kernels.md"
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 ODD = ", odd width"
+COSINES = {1: "cosine, raw", 2: "cosine, centred too", 3: "cosine, all three"}
+# How many words the lens' walk keeps, and how many rows stand together: the last needs most.
+LENSES = {"lens walk": (0, 1), "lens walk, best": (KEPT_ON_GPU, 1), "lens walk, best and divergence": (KEPT_ON_GPU, 16)}
+NORM = "lens norm"
 PROBLEMS = {torch.bfloat16: (16, 64), torch.float16: (64,), torch.float32: (16, 64)}  # float16 compiles like bfloat16
 
 
@@ -35,9 +41,15 @@ HEAD = """# Triton kernels, compiled ahead of time
 
 `python -m benchmarks.compiled` made this with Triton {version}, which torch 2.13 for CUDA brings along. **Not yet timed
 on a GPU, and not yet run on one**: none was at hand. Under Triton's interpreter the kernels agree with their float64
-references (`tests/kernels/test_products.py`; the interpreter's product of bfloat16 is wrong and is mended there).
+references (`tests/kernels/test_products.py`, `test_cosine_triton.py`, `test_logit_lens_triton.py`; the interpreter's
+product of bfloat16 is wrong and is mended in the first).
 
 - `logits` and `step` are one kernel of `kernels/products_triton.py`, the latter with the loss; `pull` goes back.
+- `cosine` is `kernels/cosine_triton.py` with three, six or nine sums: raw cosines, centred ones too, standardised ones
+  too. It has no problems and no use for tensor cores: it waits for memory.
+- `lens` is `kernels/logit_lens_triton.py`, X being the words: the norm of a row of width 4,096, the targets' logits,
+  and the walk over the vocabulary: as it is, with 16 best words, and with the divergence from the final layer too. All
+  have a bias. Words in bfloat16 take three products, in float16 two. Other types are left out where they need less.
 - X in 16 bits takes two products of 16 bits each, X in float32 three of TF32 on CUDA and one of float32 on ROCm.
 - Programs are compiled for at most 16 problems and for 64 at a time. An odd width is one that 16 does not divide: X
   comes in number by number there, which will be slow.
@@ -90,10 +102,15 @@ def faults(line: Compiled) -> list[str]:
         for wrong, fault in (
             (line.spilled > 0, f"{line.spilled} bytes or registers are spilled"),
             (line.shared > limit, f"{line.shared} bytes of shared memory, {limit} are there"),
-            (not line.x.startswith("float32") and line.tensor == 0, "no instruction for tensor cores"),
+            (_multiplies(line) and line.tensor == 0, "no instruction for tensor cores"),
         )
         if wrong
     ]
+
+
+def _multiplies(line: Compiled) -> bool:
+    """Tell whether tensor cores are wanted: products of 16 bits; cosines and norms have none, they wait for memory."""
+    return not line.x.startswith("float32") and line.kernel not in (*COSINES.values(), NORM)
 
 
 def sources(target: Target) -> Iterator[tuple[str, str, int, ASTSource, dict[str, Any]]]:
@@ -105,6 +122,11 @@ def sources(target: Target) -> Iterator[tuple[str, str, int, ASTSource, dict[str
                 x = str(dtype).removeprefix("torch.")
                 yield kernel, x, problems, *_source(kernel, dtype, problems, rocm, aligned=True)
         yield kernel, f"bfloat16{ODD}", 64, *_source(kernel, torch.bfloat16, 64, rocm, aligned=False)
+    for variants, kernel in COSINES.items():
+        for dtype in TYPES:
+            yield kernel, str(dtype).removeprefix("torch."), 0, *_cosine(variants, dtype, aligned=True)
+        yield kernel, f"bfloat16{ODD}", 0, *_cosine(variants, torch.bfloat16, aligned=False)
+    yield from _lenses(target)
 
 
 def _source(
@@ -146,6 +168,80 @@ def _source(
     return source, size.options
 
 
+def _cosine(variants: int, dtype: torch.dtype, aligned: bool) -> tuple[ASTSource, dict[str, Any]]:
+    constants: dict[str, Any] = {
+        "VARIANTS": variants,
+        "ROWS": cosine_triton.ROWS,
+        "WIDTH": cosine_triton.width(variants),
+    }
+    constants |= dict.fromkeys([*(("high", "low") if variants < 2 else ()), *(("scale",) if variants < 3 else ())])
+    kinds = dict.fromkeys(("left", "right"), TYPES[dtype]) | dict.fromkeys(("n", "d", "left_row", "right_row"), "i32")
+    function = cosine_triton.sums_kernel
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in function.arg_names}
+    unknown = ["n"] if aligned else ["n", "d", "left_row", "right_row"]
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind != "constexpr" and name not in unknown
+    }
+    constexprs = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    return ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes), cosine_triton.OPTIONS
+
+
+def _lenses(target: Target) -> Iterator[tuple[str, str, int, ASTSource, dict[str, Any]]]:
+    """Yield the lens' kernels for bfloat16, and for other words what needs most."""
+    *fewer, everything = LENSES
+    for kernel in (NORM, "lens aim", *fewer):
+        yield kernel, "bfloat16", 0, *_lens(kernel, torch.bfloat16, target)
+    for dtype in TYPES:
+        x = str(dtype).removeprefix("torch.")
+        yield everything, x, 0, *_lens(everything, dtype, target)
+        if dtype != torch.float16:
+            yield everything, f"{x}, capped", 0, *_lens(everything, dtype, target, capped=True)
+    yield everything, f"bfloat16{ODD}", 0, *_lens(everything, torch.bfloat16, target, aligned=False)
+
+
+def _lens(
+    kernel: str, dtype: torch.dtype, target: Target, *, aligned: bool = True, capped: bool = False
+) -> tuple[ASTSource, dict[str, Any]]:
+    """Return a kernel of the lens for words of a type, with bias."""
+    card = {"gfx942": "rocm", "sm_80": "other"}.get(target.name, "roomy")
+    constants = logit_lens_triton.blocks(dtype, card, plain=aligned and not capped) | {"CAPPED": capped}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    function = logit_lens_triton.aim_kernel
+    if kernel == NORM:
+        function = logit_lens_triton.norm_kernel
+        constants, options = {"NORM": logit_lens_triton.NORMS["layer"], "BLOCK": 4096}, {"num_warps": 8}
+    if kernel in LENSES:
+        function = logit_lens_triton.walk_kernel
+        kept, group = LENSES[kernel]
+        constants |= {"KEPT": kept, "GROUP": group} | ({"crosseds": None} if group == 1 else {})
+    # Float16 is the sum of two numbers, float32 of one.
+    constants |= dict.fromkeys(["low", "rest"][{torch.float32: 0, torch.float16: 1}.get(dtype, 2) :])
+    kinds = dict.fromkeys(("x", "gain", "shift", "bias", "high", "low", "rest", "weight"), TYPES[dtype])
+    kinds |= dict.fromkeys(("v", "d", "line", "q", "m", "w_row", "share"), "i32") | dict.fromkeys(
+        ("eps", "cap"), "fp32"
+    )
+    kinds |= dict.fromkeys(("local", "above", "places"), "*i32") | {"order": "*i64"}
+    unknown = ["v", "q", "m", "eps", "cap"] + ([] if aligned else ["d", "w_row"])
+    return _described(function, constants, kinds, unknown), options
+
+
+def _described(
+    function: JITFunction[Any], constants: dict[str, Any], kinds: dict[str, str], unknown: list[str]
+) -> ASTSource:
+    """Return a kernel with what Triton learns of its arguments when it launches: 16 divides all but the unknown."""
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind != "constexpr" and name not in unknown
+    }
+    constexprs = {(names.index(name),): value for name, value in constants.items() if name in names}
+    return ASTSource(fn=function, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
 def compile_all() -> list[Compiled]:
     """Compile all for all targets, afresh."""
     with tempfile.TemporaryDirectory() as cache, knobs.cache.scope():
@@ -167,7 +263,7 @@ def document(lines: list[Compiled]) -> str:
 
 def _row(line: Compiled) -> str:
     kernel, x, problems, _, registers, spilled, shared, tensor, kinds = astuple(line)
-    return f"| {kernel} | {x} | {problems} | {registers} | {spilled} | {shared:,} | {tensor} {kinds} |"
+    return f"| {kernel} | {x} | {problems or ''} | {registers} | {spilled} | {shared:,} | {tensor} {kinds} |"
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-"""The products over X on a GPU: Triton's kernels against torch.matmul in the same run. Not part of `make bench`.
+"""Products over X on a GPU, cosines, the lens: Triton's kernels against torch in the same run; not in `make bench`.
 
 `python -m benchmarks.gpu` prints medians of X [33 layers, 2,000 rows, width 4,096] and 64 problems a layer, and errors
-against float64. torch multiplies float32, as the kernels do in effect: X in 16 bits it has to widen first.
+against float64. torch multiplies float32, as the kernels do in effect: X in 16 bits it has to widen first. Cosines are
+of X's rows with their neighbours, raw, centred and standardised. The lens reads 600 tokens of X through 32,000 words;
+torch does so a layer at a time, in the words' type.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from gapprobe.kernels import products
+from gapprobe.kernels import cosine, logit_lens, products
 
 LAYERS, ROWS, WIDTH, PROBLEMS, RUNS = 33, 2000, 4096, 64, 20
+TOKENS, WORDS = 600, 32_000
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -46,6 +49,8 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         x = torch.randn(LAYERS, ROWS, WIDTH, device=device).to(dtype)
         _products(x, (weights, turned, sign, weight), residual)
+        _cosines(x.flatten(0, 1))
+        _lens(x[:, :TOKENS])
 
 
 def _products(x: Tensor, rest: tuple[Tensor, Tensor, Tensor, Tensor], residual: Tensor) -> None:
@@ -55,6 +60,45 @@ def _products(x: Tensor, rest: tuple[Tensor, Tensor, Tensor, Tensor], residual: 
     back = products.pull_reference(x[:1], residual[:1])
     _compare(f"step {x.dtype}", lambda: products.step(*step).along, lambda: products.step_by_torch(*step).along, along)
     _compare(f"pull {x.dtype}", lambda: products.pull(x, residual), lambda: products.pull_by_torch(x, residual), back)
+
+
+def _cosines(x: Tensor) -> None:
+    """Compare all three cosines of rows with their neighbours, as one [1 3 n]."""
+    left, right = x[:-1], x[1:]
+    mean, std = left.mean(0, dtype=torch.float64), left.double().std(0)
+    settings = ((), (mean,), (mean, std))
+
+    def ours() -> Tensor:
+        return torch.stack(list(vars(cosine.paired(left, right, mean, std)).values()))[None]
+
+    def theirs() -> Tensor:
+        a, b = left.float() - mean.float(), right.float() - mean.float()
+        raw = torch.cosine_similarity(left.float(), right.float())
+        scaled = torch.cosine_similarity(a / std.float(), b / std.float())
+        return torch.stack([raw, torch.cosine_similarity(a, b), scaled])[None]
+
+    truth = torch.stack([cosine.reference(left, right, *setting) for setting in settings])[None]
+    _compare(f"cosines {x.dtype}", ours, theirs, truth)
+
+
+def _lens(x: Tensor) -> None:
+    """Compare the log-probability of a target at every layer; the ten best words and the entropy are read too."""
+    head = logit_lens.Unembedding((torch.randn(WORDS, WIDTH, device=x.device) * 2 / WIDTH**0.5).to(x.dtype), norm="rms")
+    targets = torch.randint(0, WORDS, (TOKENS, 1), device=x.device)
+
+    def ours() -> Tensor:
+        return logit_lens.read(x, head, targets, top_k=10).log_prob
+
+    def theirs() -> Tensor:
+        found: list[Tensor] = []
+        for layer in x:
+            h = torch.nn.functional.rms_norm(layer, (WIDTH,), eps=head.eps)
+            log_p = (h @ head.weight.T).float().log_softmax(1)
+            (log_p.exp() * log_p).sum(1), log_p.topk(10)
+            found.append(log_p.gather(1, targets))
+        return torch.stack(found)
+
+    _compare(f"lens {x.dtype}", ours, theirs, logit_lens.read_reference(x[:1], head, targets).log_prob)
 
 
 def _compare(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], right: Tensor) -> None:

@@ -13,13 +13,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gapprobe.kernels.losses import Loss, Point
-from gapprobe.kernels.preconditioner import Own, Shared, Spaces
+from gapprobe.kernels.preconditioner import LARGE, Own, Shared, Spaces
 from gapprobe.kernels.standardised import Stack, Standardised
 
 MEMORY = 5  # pairs of step and change of gradient; 10 saves 3 % of the steps and costs more than that
 # Steps after which a problem's own Hessian is taken, if it still runs: in the small subspace, later in the large one.
 OWN = (15, 40, 80, 140)
 OWN_LARGE = (200, 240, 290, 350, 420)
+ROOM = 1 << 25  # numbers in the Hessians of the large subspace
 SLOPE = 0.5  # a step is taken when the slope at its end is this share of the slope at its start
 TRIALS = 20
 PATIENCE = {torch.float32: 12, torch.float64: 100}  # steps without a smaller gradient or value: only rounding is left
@@ -159,7 +160,8 @@ def descend(
         if not len(rows):
             break
         if step in OWN or step in OWN_LARGE:
-            space = spaces.small if step in OWN else spaces.large
+            few = len(weights) * c * LARGE**2 <= ROOM
+            space = spaces.large if step in OWN_LARGE and few else spaces.small
             preconditioner = Own.of(space, per_class(view.counts), view, loss.curvature(point).flatten(0, 1))
             history, gain = History(weights), torch.ones_like(gain)
         passed, first = history.before(gradient)

@@ -1,63 +1,36 @@
-"""Logit lens: what a model would say if its decoder ended here, without the [n v] tensor of logits.
+"""Logit lens: what a model would say if its decoder ended here, without the [l n v] tensor of logits.
 
-Mathematics: h = norm(x), z = W h + b, log p(y) = z_y - log sum_w exp z_w, rank(y) = 1 + #{w: z_w > z_y}. The vocabulary
-is walked in blocks with a running log-sum-exp, so memory depends on neither n nor v. No store or model is known here.
+Mathematics: h = norm(x), z = cap(W h + b), log p(w) = z_w - log sum_u exp z_u, rank(y) = 1 + #{w: z_w > z_y},
+entropy = -sum_w p(w) log p(w), KL = sum_w p_final(w) (log p_final(w) - log p(w)).
+
+The vocabulary is walked in tiles. Each gives a `Part`, and parts make one, be they of tiles, of programs on a GPU or of
+shards on several devices: beside input and output, memory depends neither on n nor on v. On CUDA and ROCm a Triton
+kernel walks (`logit_lens_triton`), elsewhere torch does.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from einops import einsum, reduce
-from jaxtyping import Float, Float32, Float64, Int, Int64
+from jaxtyping import Float, Float32, Float64, Int, Int64, Shaped
 from torch import Tensor
 
-ROW_BLOCK = 512
-WORD_BLOCK = 2048
+from gapprobe.kernels.lens_parts import KEPT_ON_GPU, NO_KEY, Part, Walker, capped, keys, merge, normed, unlocked
+from gapprobe.kernels.lens_parts import Unembedding as Unembedding
+from gapprobe.kernels.products import on_gpu
 
-
-@dataclass(frozen=True)
-class Unembedding:
-    """The end of a decoder: its final norm and its map from width to vocabulary.
-
-    Attributes:
-        weight: one row a word.
-        bias: added to the logits, or None.
-        norm: "rms" (x / rms(x) * gain), "layer" (x centred, / standard deviation, * gain + shift) or "none".
-        gain: the norm's scale, or None for ones. Families that store the scale as an offset from one give 1 + offset.
-        shift: the norm's bias, or None for zeros; LayerNorm only.
-        eps: added to the mean square under the root.
-        cap: logits are bent to cap · tanh(logit / cap) (Gemma 2), or None.
-    """
-
-    weight: Float[Tensor, "v d"]
-    bias: Float[Tensor, " v"] | None = None
-    norm: Literal["rms", "layer", "none"] = "none"
-    gain: Float[Tensor, " d"] | None = None
-    shift: Float[Tensor, " d"] | None = None
-    eps: float = 1e-6
-    cap: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse shapes that do not fit and norms that are not known."""
-        if self.norm not in ("rms", "layer", "none"):
-            raise ValueError(f"unknown norm {self.norm!r}; known: rms, layer, none")
-        v, d = self.weight.shape
-        for name, vector, size in (("bias", self.bias, v), ("gain", self.gain, d), ("shift", self.shift, d)):
-            if vector is not None and tuple(vector.shape) != (size,):
-                raise ValueError(
-                    f"{name} has shape {tuple(vector.shape)}, but the weight [{v}, {d}] asks for ({size},)"
-                )
-        if self.norm == "none" and (self.gain is not None or self.shift is not None):
-            raise ValueError("gain and shift belong to a norm, but norm is 'none'")
-        if self.norm == "rms" and self.shift is not None:
-            raise ValueError("an RMS norm has no shift")
-
-    def to(self, device: str | torch.device) -> "Unembedding":
-        """Return the same on another device."""
-        vectors = {name: getattr(self, name) for name in ("weight", "bias", "gain", "shift")}
-        return replace(self, **{name: v if v is None else v.to(device) for name, v in vectors.items()})
+ROW_BLOCK = 1152
+WORD_BLOCK = 1536
+# The smallest product: below it BLAS libraries multiply in another order, and a row's bytes would tell its company.
+LEAST = 16
+# Words that share a maximum, by which the best are found; what a tile's words are filled up to, so no less than LEAST.
+STRIDE = 16
+_LOG2_E = 1 / math.log(2)
+_PARTS = 32  # tiles whose sums wait to be made one
+_WAITING = 8  # times the best words that may wait to be put in order
+NOWHERE = -1e30  # the logit of words that only fill up a tile: finite, so that nothing times it is NaN
 
 
 @dataclass(frozen=True)
@@ -68,85 +41,356 @@ class TokenStanding:
     rank: Int64[Tensor, " n"]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What every layer and token would say. Logarithms are natural.
+
+    Attributes:
+        log_prob: of each target; NaN where there is none.
+        rank: of each target, 1 = first: 1 + the number of words with a larger logit, so words that tie share the better
+            rank. 0 where there is no target.
+        entropy: of the distribution, in nats.
+        top_words: the most probable words, best first; of words that tie the one with the smaller number comes first.
+        top_log_prob: their log-probabilities.
+        kl: divergence KL(final || layer) of each layer's distribution from the final one, in nats; None if no final
+            layer was given.
+    """
+
+    log_prob: Float[Tensor, "l n q"]
+    rank: Int64[Tensor, "l n q"]
+    entropy: Float[Tensor, "l n"]
+    top_words: Int64[Tensor, "l n k"]
+    top_log_prob: Float[Tensor, "l n k"]
+    kl: Float[Tensor, "l n"] | None
+
+
 def reference(x: Float[Tensor, "n d"], unembedding: Unembedding, targets: Int[Tensor, " n"]) -> TokenStanding:
+    """Compute one target's standing in float64, all logits at once: the definition, for reading and for tests."""
+    found = read_reference(x[None], unembedding, targets[:, None])
+    return TokenStanding(found.log_prob[0, :, 0], found.rank[0, :, 0])
+
+
+def read_reference(
+    x: Float[Tensor, "l n d"],
+    unembedding: Unembedding,
+    targets: Int[Tensor, "n q"],
+    *,
+    top_k: int = 0,
+    final: Float[Tensor, "n d"] | None = None,
+) -> Reading:
     """Compute the lens in float64, all logits at once: the definition, for reading and for tests."""
-    h = _normed(x.double(), unembedding)
-    logits = einsum(h, unembedding.weight.double(), "n d, v d -> n v")
+    log_p = log_softmax_reference(x, unembedding)
+    some = targets >= 0
+    at = targets.long().clamp(min=0).expand(len(x), -1, -1)
+    log_prob = log_p.gather(2, at)
+    rank = 1 + reduce(log_p[:, :, None] > log_prob[..., None], "l n q v -> l n q", "sum").long()
+    best = torch.sort(log_p, dim=2, descending=True, stable=True)
+    kl = None
+    if final is not None:
+        log_final = log_softmax_reference(final[None], unembedding)
+        kl = reduce(log_final.exp() * (log_final - log_p), "l n v -> l n", "sum")
+    return Reading(
+        log_prob.where(some, torch.nan),
+        rank.where(some, 0),
+        -reduce(log_p.exp() * log_p, "l n v -> l n", "sum"),
+        best.indices[..., :top_k],
+        best.values[..., :top_k],
+        kl,
+    )
+
+
+def log_softmax_reference(x: Float[Tensor, "l n d"], unembedding: Unembedding) -> Float64[Tensor, "l n v"]:
+    """Compute the log-probabilities of all words in float64, for reading and for tests."""
+    logits = einsum(normed(x.double(), unembedding), unembedding.weight.double(), "l n d, v d -> l n v")
     if unembedding.bias is not None:
         logits = logits + unembedding.bias.double()
-    logits = _capped(logits, unembedding.cap)
-    target = logits.gather(1, targets.long()[:, None])
-    log_prob = target[:, 0] - torch.logsumexp(logits, dim=1)
-    return TokenStanding(log_prob, 1 + reduce(logits > target, "n v -> n", "sum").long())
+    return torch.log_softmax(capped(logits, unembedding.cap), dim=2)
 
 
-def token_standing(x: Float[Tensor, "n d"], unembedding: Unembedding, targets: Int[Tensor, " n"]) -> TokenStanding:
-    """Return log-probability (float32) and rank of one target word a row, after the final norm.
+def read(
+    x: Float[Tensor, "l n d"],
+    unembedding: Unembedding | Sequence[Unembedding],
+    targets: Int[Tensor, "n q"],
+    *,
+    top_k: int = 0,
+    final: Float[Tensor, "n d"] | None = None,
+) -> Reading:
+    """Read every layer and token through the decoder's end: targets, entropy, best words, distance from the last.
 
-    Products are float32 whatever the inputs' dtype; sums over the vocabulary are float64. The rank counts words whose
-    float32 logit is larger than the target's, so it equals the reference's wherever no word lies within rounding of it.
+    Products are float32 in effect, whatever the dtypes; norms are float64 on a CPU, float32 on a GPU; sums over a tile
+    are float32, over tiles float64. Ranks and best words compare float32 logits, all made by the same product, so they
+    are the reference's wherever its gap is larger than a rounding. Equal bytes in, equal bytes out, however rows and
+    layers are cut into calls, where the BLAS multiplies a row alike in any company: MKL does, from `LEAST` rows and
+    words on.
 
     Args:
-        x: residuals, not normed.
-        unembedding: the decoder's end; give `norm="none"` for a bare lens.
-        targets: for each row a word in [0, v).
+        x: residuals before the final norm.
+        unembedding: the decoder's end; give `norm="none"` for a bare lens. Or its shards (`Unembedding.shards`), each a
+            part of the vocabulary, in its order, on a device of its own.
+        targets: words in [0, v) whose standing is asked for at every layer; -1 for none, where rows have fewer.
+        top_k: how many of the most probable words are wanted.
+        final: residuals of the last layer, before the final norm, if the divergence from it is wanted.
+
+    Returns:
+        On the device of x.
 
     Raises:
-        ValueError: a width that does not fit, or a target outside the vocabulary.
+        ValueError: a width that does not fit, a target outside the vocabulary, more words asked for than there are, or
+            rows that are not finite.
     """
-    n, d = x.shape
-    v, width = unembedding.weight.shape
-    if d != width:
-        raise ValueError(f"residuals are {d} wide, the unembedding is {width} wide; they belong to different models")
-    if tuple(targets.shape) != (n,):
-        raise ValueError(f"{n} rows want as many targets, got shape {tuple(targets.shape)}")
-    if n and not bool(((targets >= 0) & (targets < v)).all()):
-        bad = int(torch.nonzero((targets < 0) | (targets >= v))[0])
-        raise ValueError(f"target {int(targets[bad])} of row {bad} is no word: the vocabulary has {v}")
-    targets = targets.long()
-    log_prob = torch.empty(n, dtype=torch.float32, device=x.device)
-    rank = torch.empty(n, dtype=torch.int64, device=x.device)
-    for start in range(0, n, ROW_BLOCK):
-        rows = slice(start, min(start + ROW_BLOCK, n))
-        log_prob[rows], rank[rows] = _block(_normed(x[rows].float(), unembedding), unembedding, targets[rows])
-    return TokenStanding(log_prob, rank)
+    given = [unembedding] if isinstance(unembedding, Unembedding) else unembedding
+    shards = [shard for shard in given if len(shard.weight)]
+    _refuse(x, shards, targets, top_k, final)
+    n = x.shape[1]
+    targets = targets.to(x.device).long()
+    crossed = final is not None
+    at_once = ROW_BLOCK * (16 if on_gpu(x) else 1)
+    blocks = min(max(1, n), max(1, -(-n * (len(x) + crossed) // at_once)))
+    made: list[Part] = []
+    with torch.no_grad():
+        for i in range(blocks):
+            rows = slice(n * i // blocks, n * (i + 1) // blocks)
+            layers = x[:, rows] if final is None else torch.cat([final[None, rows], x[:, rows]])
+            made.append(_read_rows(layers, shards, targets[rows], top_k, crossed))
+    part = Part(*(torch.cat(pieces, 1) for pieces in zip(*(vars(piece).values() for piece in made), strict=True)))
+    return _reading(part, targets, crossed)
 
 
-def _block(
-    h: Float32[Tensor, "n d"], unembedding: Unembedding, targets: Int64[Tensor, " n"]
-) -> tuple[Float64[Tensor, " n"], Int64[Tensor, " n"]]:
-    target_bias = 0.0 if unembedding.bias is None else unembedding.bias[targets].double()
-    target = _capped((h.double() * unembedding.weight[targets].double()).sum(1) + target_bias, unembedding.cap)
-    top = torch.full_like(target, -math.inf)
-    total = torch.zeros_like(target)
-    above = torch.zeros_like(targets)
-    for start in range(0, unembedding.weight.shape[0], WORD_BLOCK):
-        words = slice(start, start + WORD_BLOCK)
-        logits = h @ unembedding.weight[words].float().T
-        if unembedding.bias is not None:
-            logits += unembedding.bias[words].float()
-        logits = _capped(logits, unembedding.cap)
-        # The target's own column may differ from `target` in the last bit (another order of summation): never count it.
-        own = torch.nonzero((targets >= start) & (targets < start + logits.shape[1]))[:, 0]
-        larger = logits > target.float()[:, None]
-        larger[own, targets[own] - start] = False
-        above += larger.sum(1)
-        new_top = torch.maximum(top, logits.amax(1).double())
-        total = total * torch.exp(top - new_top) + torch.exp(logits - new_top.float()[:, None]).sum(1).double()
-        top = new_top
-    return (target - top - torch.log(total)).clamp(max=0.0), 1 + above
+def _refuse(x: Tensor, shards: Sequence[Unembedding], targets: Tensor, top_k: int, final: Tensor | None) -> None:
+    _, n, d = x.shape
+    if not shards:
+        raise ValueError("the unembedding has no words")
+    for width in {shard.weight.shape[1] for shard in shards}:
+        if d != width:
+            raise ValueError(
+                f"residuals are {d} wide, the unembedding is {width} wide; they belong to different models"
+            )
+    v = sum(len(shard.weight) for shard in shards)
+    if len(targets) != n or targets.dim() != 2:
+        raise ValueError(f"{n} rows want as many lines of targets, got shape {tuple(targets.shape)}")
+    if final is not None and tuple(final.shape) != (n, d):
+        raise ValueError(f"the final layer has shape {tuple(final.shape)}, the others have {(n, d)}")
+    if not 0 <= top_k <= v:
+        raise ValueError(f"top_k is {top_k}, the vocabulary has {v}: ask for 0 to {v} words")
+    wrong = (targets < -1) | (targets >= v)
+    if bool(wrong.any()):
+        row, place = torch.nonzero(wrong)[0].tolist()
+        raise ValueError(f"target {int(targets[row, place])} of row {row} is no word: the vocabulary has {v}")
+    named = [(f"layer {i} of the call", layer) for i, layer in enumerate(x)]
+    for name, layer in [*named, *([] if final is None else [("the final layer", final)])]:
+        fine = torch.isfinite(layer).all(1)
+        if not bool(fine.all()):
+            rows = torch.nonzero(~fine)[:, 0].tolist()
+            told = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
+            raise ValueError(
+                f"{name} has rows that are not finite: {told} ({len(rows)} of {len(fine)}); leave them out"
+            )
 
 
-def _capped(logits: Float[Tensor, "..."], cap: float | None) -> Float[Tensor, "..."]:
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+def _read_rows(
+    x: Float[Tensor, "l n d"], shards: Sequence[Unembedding], targets: Int64[Tensor, "n q"], top_k: int, crossed: bool
+) -> Part:
+    """Aim at the targets' logits, then walk: ranks are counted against a logit that its own tile only shows later.
+
+    The aim is a product of its own. Should it differ from the tile's logit, which has other words beside it, the walk
+    is taken again with what the tiles showed: a rank never mixes two roundings.
+    """
+    walkers: list[Walker] = []
+    first = 0
+    for shard in shards:
+        here = x.to(shard.weight.device)
+        # The Triton kernel keeps few of the best words; beyond these, and for nothing at all, torch walks.
+        if on_gpu(here) and here.numel() and top_k <= KEPT_ON_GPU:
+            from gapprobe.kernels import logit_lens_triton  # not everywhere installed, and slow to import
+
+            walkers.append(logit_lens_triton.TritonWalker(here, shard, first, crossed=crossed))
+        else:
+            walkers.append(TorchWalker(here, shard, first))
+        first += len(shard.weight)
+    aims = torch.stack([each.aim(targets.to(each.device)).to(x.device) for each in walkers]).amax(0)
+    part = _walk(walkers, targets, aims, top_k, crossed)
+    return part if part.own.equal(aims) else _walk(walkers, targets, part.own, top_k, crossed)
 
 
-def _normed(x: Float[Tensor, "n d"], unembedding: Unembedding) -> Float[Tensor, "n d"]:
-    if unembedding.norm == "none":
-        return x
-    if unembedding.norm == "layer":
-        x = x - reduce(x, "n d -> n 1", "mean")
-    h = x * torch.rsqrt(reduce(x * x, "n d -> n 1", "mean") + unembedding.eps)
-    if unembedding.gain is not None:
-        h = h * unembedding.gain.to(h)
-    return h if unembedding.shift is None else h + unembedding.shift.to(h)
+def _walk(
+    walkers: Sequence[Walker],
+    targets: Int64[Tensor, "n q"],
+    aims: Float32[Tensor, "l n q"],
+    top_k: int,
+    crossed: bool,
+) -> Part:
+    parts = [each.walk(targets.to(each.device), aims.to(each.device), top_k, crossed) for each in walkers]
+    return merge([Part(*(piece.to(aims.device) for piece in vars(part).values())) for part in parts])
+
+
+def _reading(part: Part, targets: Int64[Tensor, "n q"], crossed: bool) -> Reading:
+    log_total = torch.log(part.total)
+    normal = part.top + log_total
+    if not bool((fine := torch.isfinite(normal)).all()):
+        layer, row = torch.nonzero(~fine)[0].tolist()
+        raise ValueError(f"layer {layer} of the call, row {row}: logits are not finite; is the unembedding?")
+    kl = (part.crossed[:1] - part.crossed) / part.total[:1] + log_total - log_total[:1]
+    here = slice(1 if crossed else 0, None)
+    values, words = unlocked(part.best[here])
+    some = targets >= 0
+    return Reading(
+        (part.own[here].double() - normal[here, :, None]).clamp(max=0.0).where(some, torch.nan).float(),
+        (1 + part.above[here]).where(some, 0),
+        (log_total - part.weighted / part.total)[here].float(),
+        words,
+        (values.double() - normal[here, :, None]).clamp(max=0.0).float(),
+        kl[here].clamp(min=0.0).float() if crossed else None,
+    )
+
+
+class TorchWalker:
+    """Rows before a shard of the vocabulary, multiplied and looked at tile by tile by torch."""
+
+    def __init__(self, x: Float[Tensor, "l n d"], shard: Unembedding, first: int) -> None:
+        """Norm the rows, once and in float64; the shard's words are numbered from `first`."""
+        self.device = x.device
+        self._layers, self._rows = x.shape[:2]
+        self._shard, self._first = shard, first
+        h = normed(x.double(), shard).float()
+        self._h = torch.nn.functional.pad(h.flatten(0, 1), (0, 0, 0, max(0, LEAST - len(h) * h.shape[1])))
+
+    def aim(self, targets: Int64[Tensor, "n q"]) -> Float32[Tensor, "l n q"]:
+        """Return the targets' logits, -inf for those of another shard, by products as they are in the walk."""
+        out = self._h.new_full((self._layers, *targets.shape), -torch.inf)
+        local = targets - self._first
+        rows, places = torch.nonzero((local >= 0) & (local < len(self._shard.weight)), as_tuple=True)
+        for row, place in zip(rows.split(WORD_BLOCK), places.split(WORD_BLOCK), strict=True):
+            asked, column = local[row, place].unique(return_inverse=True)
+            z = self._h.new_empty(len(self._h), _filled(len(asked)))
+            self._logits(asked, z)
+            out[:, row, place] = self._layered(z)[:, row, column]
+        return out
+
+    def walk(self, targets: Int64[Tensor, "n q"], aims: Float32[Tensor, "l n q"], top_k: int, crossed: bool) -> Part:
+        """Return what the shard says of all rows; ranks are counted against `aims`."""
+        v, m = len(self._shard.weight), len(self._h)
+        # One room for all tiles, which the cache knows; what stays in it is contiguous for tiles of any width.
+        room = self._h.new_empty(2, m * _filled(min(WORD_BLOCK, v)))
+        best = _Best(m, top_k, self.device)
+        parts: list[Part] = []
+        for start in range(0, v, WORD_BLOCK):
+            count = min(WORD_BLOCK, v - start)
+            z, spare = (each[: m * _filled(count)].view(m, -1) for each in room)
+            self._logits(slice(start, start + count), z)
+            own = self._own(z, targets - (self._first + start), count)
+            above = self._above(z, aims, spare)
+            peaks = z.view(m, STRIDE, -1).amax(1)
+            if top_k:
+                best.look(z, peaks, self._first + start)
+            parts.append(self._sums(z, peaks.amax(1), spare, own, above, crossed))
+            if len(parts) == _PARTS:
+                parts = [merge(parts)]
+        best.settle()
+        return replace(merge(parts), best=self._layered(best.keys))
+
+    def _logits(self, words: slice | Int64[Tensor, " w"], out: Float32[Tensor, "m f"]) -> None:
+        """Write the logits of some words, and what is no word's beside them."""
+        weight = self._shard.weight[words].float()
+        count = len(weight)
+        if count < out.shape[1]:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, out.shape[1] - count))
+        torch.mm(self._h, weight.T, out=out)
+        if self._shard.bias is not None:
+            out[:, :count] += self._shard.bias[words].float()
+        if self._shard.cap is not None:
+            out.div_(self._shard.cap).tanh_().mul_(self._shard.cap)
+        out[:, count:] = NOWHERE
+
+    def _own(self, z: Float32[Tensor, "m f"], local: Int64[Tensor, "n q"], count: int) -> Float32[Tensor, "l n q"]:
+        own = z.new_full((self._layers, *local.shape), -torch.inf)
+        row, place = torch.nonzero((local >= 0) & (local < count), as_tuple=True)
+        own[:, row, place] = self._layered(z)[:, row, local[row, place]]
+        return own
+
+    def _above(
+        self, z: Float32[Tensor, "m f"], aims: Float32[Tensor, "l n q"], spare: Float32[Tensor, "m f"]
+    ) -> Int64[Tensor, "l n q"]:
+        """Count larger logits. Ones in float32 take a third of the time of truth values; a tile has less than 2^24."""
+        above = torch.empty_like(aims, dtype=torch.int64)
+        z, spare = self._layered(z), self._layered(spare)
+        for j in range(aims.shape[2]):
+            above[..., j] = torch.gt(z, aims[..., j, None], out=spare).sum(2)
+        return above
+
+    def _sums(
+        self,
+        z: Float32[Tensor, "m f"],
+        top: Float32[Tensor, " m"],
+        spare: Float32[Tensor, "m f"],
+        own: Float32[Tensor, "l n q"],
+        above: Int64[Tensor, "l n q"],
+        crossed: bool,
+    ) -> Part:
+        """Sum up a tile, and leave nothing of it. A product and exp2 together take half of the time of exp."""
+        u = self._layered(z.sub_(top[:, None]))
+        weight = self._layered(torch.mul(z, _LOG2_E, out=spare).exp2_())
+        total = weight.sum(2).double()
+        final = weight[0].clone() if crossed else None
+        weighted = weight.mul_(u).sum(2).double()
+        across = torch.zeros_like(weighted) if final is None else torch.mul(u, final, out=weight).sum(2).double()
+        none = top.new_empty((*total.shape, 0), dtype=torch.int64)
+        return Part(self._layered(top).double(), total, weighted, across, own, above, none)
+
+    def _layered(self, flat: Shaped[Tensor, "m *r"]) -> Shaped[Tensor, "l n *r"]:
+        return flat[: self._layers * self._rows].unflatten(0, (self._layers, self._rows))
+
+
+def _filled(words: int) -> int:
+    """Return the next width that STRIDE divides."""
+    return -(-words // STRIDE) * STRIDE
+
+
+class _Best:
+    """The best words of every row so far, as keys.
+
+    A tile is searched where the maximum of a stride of its words reaches a row's bar. What is found waits until there
+    are twice as many tiles as when things were last put in order, or too much waits: the bar is then a little low, but
+    rarely moved.
+    """
+
+    def __init__(self, rows: int, k: int, device: torch.device) -> None:
+        self.keys = torch.full((rows, k), NO_KEY, device=device)
+        self._least: Float32[Tensor, " m"] | None = None
+        self._found: list[tuple[Int64[Tensor, " c"], Int64[Tensor, " c"]]] = []
+        self._tiles = self._waiting = 0
+
+    def look(self, z: Float32[Tensor, "m f"], peaks: Float32[Tensor, "m s"], start: int) -> None:
+        """Search a tile; peak s is the maximum of the words start + s, start + s + f / STRIDE, ..."""
+        k, strides = self.keys.shape[1], peaks.shape[1]
+        if self._least is None:
+            # As many words as there are peaks are at least as good as the least of these.
+            some = peaks.topk(k, dim=1, sorted=False).values.amin(1) if k <= strides else None
+            self._least = peaks.new_full((len(z),), -torch.inf) if some is None else some
+        row, stride = torch.nonzero(peaks >= self._least[:, None], as_tuple=True)
+        values = z.view(len(z), STRIDE, strides)[row, :, stride]
+        line, place = torch.nonzero(values >= self._least[row, None], as_tuple=True)
+        self._found.append((row[line], keys(values[line, place], start + stride[line] + strides * place)))
+        self._tiles += 1
+        self._waiting += len(line)
+        if self._tiles & (self._tiles - 1) == 0 or self._waiting > _WAITING * self.keys.numel():
+            self.settle()
+
+    def settle(self) -> None:
+        """Put what was found in order."""
+        if not self._found:
+            return
+        row, found = (torch.cat(pieces) for pieces in zip(*self._found, strict=True))
+        self._found.clear()
+        self._waiting = 0
+        row, order = row.sort(stable=True)
+        # Side by side, as many places as the richest row has.
+        count = torch.bincount(row, minlength=len(self.keys))
+        place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+        lines = self.keys.new_full((len(self.keys), int(count.max())), NO_KEY)
+        lines[row, place] = found[order]
+        k = self.keys.shape[1]
+        self.keys = torch.cat([self.keys, lines], 1).topk(k, dim=1).values
+        last = self.keys[:, -1]
+        least = unlocked(last)[0].where(last != NO_KEY, -torch.inf)
+        # A later word that ties with the k-th best is none of the best.
+        self._least = torch.nextafter(least, torch.full_like(least, torch.inf))

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from gapprobe.errors import ModelError as ModelError
     from gapprobe.errors import OutputError as OutputError
     from gapprobe.errors import StoreError as StoreError
+    from gapprobe.lens.base import known_lenses as known_lenses
+    from gapprobe.lens.base import register_lens as register_lens
     from gapprobe.lens.logit import logit_lens as logit_lens
+    from gapprobe.lens.plotting import lens_over_image as lens_over_image
+    from gapprobe.lens.reading import load_lens_reading as load_lens_reading
+    from gapprobe.lens.training import train_tuned_lens as train_tuned_lens
+    from gapprobe.lens.tuned import TunedLens as TunedLens
+    from gapprobe.lens.tuned import load_tuned_lens as load_tuned_lens
     from gapprobe.models.bridge import to_transformer_lens as to_transformer_lens
     from gapprobe.models.check import check_model as check_model
     from gapprobe.models.loading import load_model as load_model
@@ -33,10 +40,15 @@ if TYPE_CHECKING:
     from gapprobe.probes.directions import probe_direction as probe_direction
     from gapprobe.probes.estimator import ProbeClassifier as ProbeClassifier
     from gapprobe.probes.leakage import leakage_report as leakage_report
+    from gapprobe.probes.saved import load_sweep as load_sweep
     from gapprobe.probes.sweep import sweep_probes as sweep_probes
+    from gapprobe.probes.tokens import Tokens as Tokens
+    from gapprobe.probes.tokens import read_position as read_position
     from gapprobe.report.page import write_report as write_report
     from gapprobe.selective import risk_coverage as risk_coverage
-    from gapprobe.similarity import cosine as cosine
+    from gapprobe.similarity.cka import cka as cka
+    from gapprobe.similarity.cosines import cosine as cosine
+    from gapprobe.similarity.result import load_cosine as load_cosine
     from gapprobe.store.batches import TokenBatches as TokenBatches
     from gapprobe.store.care.clearing import collect_garbage as collect_garbage
     from gapprobe.store.care.compacting import compact_store as compact_store
@@ -76,12 +88,22 @@ _HOMES = {
     "OutputError": "gapprobe.errors",
     "StoreError": "gapprobe.errors",
     "logit_lens": "gapprobe.lens.logit",
+    "register_lens": "gapprobe.lens.base",
+    "known_lenses": "gapprobe.lens.base",
+    "load_lens_reading": "gapprobe.lens.reading",
+    "TunedLens": "gapprobe.lens.tuned",
+    "load_tuned_lens": "gapprobe.lens.tuned",
+    "train_tuned_lens": "gapprobe.lens.training",
+    "lens_over_image": "gapprobe.lens.plotting",
     "check_model": "gapprobe.models.check",
     "load_model": "gapprobe.models.loading",
     "to_transformer_lens": "gapprobe.models.bridge",
     "mentions": "gapprobe.tasks.examples",
     "TokenTable": "gapprobe.tracing.tokens",
+    "load_sweep": "gapprobe.probes.saved",
     "sweep_probes": "gapprobe.probes.sweep",
+    "Tokens": "gapprobe.probes.tokens",
+    "read_position": "gapprobe.probes.tokens",
     "from_sklearn": "gapprobe.probes.adapters",
     "from_module": "gapprobe.probes.adapters",
     "check_probe": "gapprobe.testing",
@@ -98,7 +120,9 @@ _HOMES = {
     "load_direction": "gapprobe.probes.directions",
     "write_report": "gapprobe.report.page",
     "risk_coverage": "gapprobe.selective",
-    "cosine": "gapprobe.similarity",
+    "cka": "gapprobe.similarity.cka",
+    "cosine": "gapprobe.similarity.cosines",
+    "load_cosine": "gapprobe.similarity.result",
     "open_store": "gapprobe.store.reader",
     "import_activations": "gapprobe.store.exchange.importing",
     "export_store": "gapprobe.store.exchange.exporting",

@@ -97,6 +97,9 @@ def capture(
     device: Device = "auto",
     attention: Attention = None,
     revision: Revision = None,
+    random_weights: Annotated[
+        int | None, tyro.conf.arg(help="seed: the untrained model, for `probe --random-model`", metavar="SEED")
+    ] = None,
 ) -> None:
     """Run a model over a table of prompts; keep answers and hidden states of the tokens asked for in a store.
 
@@ -112,7 +115,14 @@ def capture(
     from gapprobe.models.sites import IN_TOWER
     from gapprobe.tasks.tables import load_examples
 
-    loaded = gp.load_model(_source(model), dtype=dtype, device=device, attention=attention, revision=revision)
+    loaded = gp.load_model(
+        _source(model),
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        revision=revision,
+        random_weights=random_weights,
+    )
     kept = gp.capture(
         loaded,
         load_examples(examples),
@@ -229,7 +239,10 @@ def report(
 def sweep(
     folder: Annotated[Positional[Path], tyro.conf.arg(metavar="STORE", help="a store")],
     target: Annotated[str, tyro.conf.arg(help="column of the store's table with the labels")],
-    position: Annotated[tuple[str, ...], tyro.conf.arg(help="tokens whose residuals are read")] = ("last_input",),
+    position: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="tokens whose residuals are read; mean(image), max(all), last(entity) pool")
+    ] = ("last_input",),
+    contrast: Annotated[str | None, tyro.conf.arg(help="column with the id of each row's contrast, for ccs")] = None,
     probe: Annotated[tuple[str, ...], tyro.conf.arg(help="kinds of probes, by name")] = ("logistic",),
     split: Annotated[
         tuple[str, ...], tyro.conf.arg(help="columns whose groups stay together; random rows if none")
@@ -237,6 +250,14 @@ def sweep(
     clusters: Annotated[str | None, tyro.conf.arg(help="column that the bootstrap resamples by; rows if none")] = None,
     layers: Annotated[tuple[int, ...], tyro.conf.arg(help="all if none")] = (),
     strengths: Annotated[tuple[float, ...], tyro.conf.arg(help="inverse strengths; the probe's own if none")] = (),
+    controls: Annotated[
+        tuple[Literal["shuffled", "layer_0", "random_projection", "random_model"], ...],
+        tyro.conf.arg(help="what the probe must beat; all that can be run, but for random_projection, if none"),
+    ] = (),
+    random_model: Annotated[
+        Path | None, tyro.conf.arg(help="the same rows, captured with --random-weights", metavar="STORE")
+    ] = None,
+    dimensions: Annotated[int, tyro.conf.arg(help="of random_projection")] = 32,
     folds: int = 5,
     permutations: Annotated[int, tyro.conf.arg(help="of labels, for the control and the p-value")] = 5,
     seed: int = 0,
@@ -246,7 +267,8 @@ def sweep(
 ) -> None:
     """Fit probes at every layer of a store beside their controls; print what holds on held-out rows.
 
-    Writes best.csv, table.csv, strengths.csv and areas.html. Stopped half-way, the same command goes on where it was.
+    Writes best.csv, table.csv, strengths.csv and areas.html, and all of it, coefficients too, into `sweep`, which
+    `gp.load_sweep` reads. Stopped half-way, the same command goes on where it was.
 
     For example:
         gapprobe probe acts --target right --split entity image --probe logistic mean_difference
@@ -258,11 +280,15 @@ def sweep(
         open_store(folder),
         target,
         position=position,
+        contrast=contrast,
         probe=probe,
         splits={name: name for name in split} or None,
         clusters=clusters,
         layers=layers or "all",
         strengths=strengths or None,
+        controls=controls or None,
+        random_model=None if random_model is None else open_store(random_model),
+        dimensions=dimensions,
         folds=folds,
         permutations=permutations,
         seed=seed,
@@ -272,10 +298,124 @@ def sweep(
     best = result.best()
     for name, table in (("best", best), ("table", result.table), ("strengths", result.strengths)):
         table.to_csv(out / f"{name}.csv", index=False)
+    result.save(out / "sweep")
     result.plot().write_html(out / "areas.html", include_plotlyjs=True)
     for line in best.itertuples():
         print(f"{line.probe} at {line.position}, split {line.split}: {line.sentence}")
     print(f"tables and figure: {out}")
+
+
+@app.command(name="lens")
+def read_words(
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="STORE", help="a store")],
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL", help="the model that made it")],
+    targets: Annotated[
+        str | None, tyro.conf.arg(help="next, generated, or a column with answers; best words only if not given")
+    ] = None,
+    position: Annotated[str | None, tyro.conf.arg(help="token of each row; all tokens if not given")] = None,
+    layers: Annotated[tuple[int, ...], tyro.conf.arg(help="all if none")] = (),
+    lens: Annotated[str, tyro.conf.arg(help="a lens by name, or the folder of a tuned one")] = "logit",
+    norm: Annotated[bool, tyro.conf.arg(help="apply the final norm at every layer; without: as published")] = True,
+    top_k: Annotated[int, tyro.conf.arg(help="how many of the best words are kept")] = 10,
+    by: Annotated[str | None, tyro.conf.arg(help="column with groups of rows, for the figure by layer")] = None,
+    row: Annotated[str | None, tyro.conf.arg(help="id of the row in the heatmap; the first if not given")] = None,
+    out: Annotated[Path, tyro.conf.arg(help="for the reading, the figures, and what is kept", metavar="DIR")] = Path(
+        "gapprobe-lens"
+    ),
+) -> None:
+    """Read words off the residual stream at every layer and token: log-probability and rank of targets, best words.
+
+    Writes reading.safetensors (`gp.load_lens_reading`), tokens.html (layer by token, of one row) and, with --position
+    and --targets, by_layer.csv and by_layer.html. Stopped half-way, the same command goes on where it was.
+
+    For example:
+        gapprobe lens acts llava-hf/llava-v1.6-vicuna-7b-hf --targets gold --position last_input --by setting
+    """
+    import gapprobe as gp
+    from gapprobe.lens.plotting import by_layer
+
+    kept = gp.open_store(folder)
+    if by is not None and by not in kept.rows:
+        raise ConfigError(f"--by: {folder} has no column {by!r}; it has {', '.join(map(str, kept.rows.columns))}")
+    if row is not None and row not in kept.ids:
+        raise ConfigError(f"--row: {folder} has no row {row!r}")
+    loaded = gp.load_model(_source(model))
+    found = gp.logit_lens(
+        kept,
+        loaded,
+        targets,
+        position=position,
+        layers=layers or "all",
+        lens=gp.load_tuned_lens(lens) if Path(lens).is_dir() else lens,
+        norm=norm,
+        top_k=top_k,
+        folder=out / "blocks",
+        progress=True,
+    )
+    found.save(out / "reading.safetensors")
+    found.plot(row, loaded).write_html(out / "tokens.html", include_plotlyjs=True)
+    print(f"{found.label}: {told_count(len(found.row), 'token')}, {len(found.layers)} layers")
+    if targets is not None and position is not None:
+        table = found.by_layer(None if by is None else kept.rows[by])
+        table.to_csv(out / "by_layer.csv", index=False)
+        by_layer(table, found.label).write_html(out / "by_layer.html", include_plotlyjs=True)
+        print(table[table["layer"] == found.layers[-1]].to_string(index=False, float_format=lambda v: f"{v:.3f}"))
+    print(f"reading and figures: {out}")
+
+
+@app.command(name="cosine")
+def compare(
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="STORE", help="a store")],
+    pair: Annotated[tuple[str, str], tyro.conf.arg(help="two settings, such as visual full_information")],
+    key: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="columns that a pair shares; trial, or question and image, if none")
+    ] = (),
+    setting: Annotated[str, tyro.conf.arg(help="column that --pair is about")] = "setting",
+    by: Annotated[str | None, tyro.conf.arg(help="column of the first setting's rows with groups")] = None,
+    clusters: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="one column or two that the bootstrap resamples by; pairs if none")
+    ] = (),
+    position: Annotated[tuple[str, ...], tyro.conf.arg(help="tokens whose residuals are compared")] = ("last_input",),
+    layers: Annotated[tuple[int, ...], tyro.conf.arg(help="all if none")] = (),
+    other: Annotated[Path | None, tyro.conf.arg(help="store of the second setting", metavar="STORE")] = None,
+    seed: int = 0,
+    out: Annotated[Path, tyro.conf.arg(help="for the table, the figure, and what is computed", metavar="DIR")] = Path(
+        "gapprobe-cosines"
+    ),
+) -> None:
+    """Compare rows of two settings by cosine at every layer: raw, centred and standardised; print the last layer's.
+
+    Writes table.csv, cosines.safetensors (`gp.load_cosine`) and cosines.html. Stopped half-way, the same command goes
+    on where it was.
+
+    For example:
+        gapprobe cosine acts --pair visual full_information --by correct --clusters question image
+    """
+    from gapprobe.similarity import cosine
+    from gapprobe.store.reader import open_store
+
+    if len(clusters) > 2:
+        raise ConfigError(f"--clusters takes one column or two that cross, not {len(clusters)}")
+    result = cosine(
+        open_store(folder),
+        pair=pair,
+        key=key or None,
+        setting=setting,
+        other=None if other is None else open_store(other),
+        by=by,
+        clusters=(clusters[0], clusters[1]) if len(clusters) == 2 else clusters[0] if clusters else None,
+        position=position[0] if len(position) == 1 else position,
+        layers=layers or "all",
+        seed=seed,
+        folder=out / "layers",
+        progress=True,
+    )
+    result.save(out / "cosines.safetensors")
+    result.table.to_csv(out / "table.csv", index=False)
+    result.plot().write_html(out / "cosines.html", include_plotlyjs=True)
+    last = result.table[result.table["layer"] == result.layers[-1]]
+    print(last.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+    print(f"{told_count(len(result.left), 'pair')}, {result.lonely:,} rows without partner; table and figure: {out}")
 
 
 @bench.command

@@ -28,6 +28,7 @@ def test_what_a_card_lacks_is_told():
 
     fine = Compiled("pull", "bfloat16", 64, "gfx942", 100, 0, 65536, 8, "mfma")
     assert faults(fine) == []
+    assert faults(Compiled("cosine, raw", "bfloat16", 0, "sm_80", 100, 0, 64, 0, "")) == []
     bad = Compiled("pull", "bfloat16", 64, "gfx942", 100, 4, 65537, 0, "")
     assert [fault.split(": ")[1] for fault in faults(bad)] == [
         "4 bytes or registers are spilled",
