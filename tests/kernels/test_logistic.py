@@ -373,8 +373,8 @@ def test_narrow_features_are_taken_as_they_are(dtype):
 def test_bad_input_is_refused_by_name(spoil, message):
     x, y = problem(8, 10, 2)
     # Without the shape checks that run in tests: users run without them.
+    x, *others = spoil(x, y[None], torch.ones(1, 10))
     with pytest.raises(ValueError, match=message):
-        x, *others = spoil(x, y[None], torch.ones(1, 10))
         inspect.unwrap(logistic.fit_layers)([x], *others)
 
 
