@@ -11,7 +11,9 @@ from gapprobe.errors import ConfigError, DataError, StoreError
 from gapprobe.kernels.logit_lens import Unembedding, read_reference, reference
 from gapprobe.lens import logit
 from gapprobe.lens.logit import logit_lens
-from gapprobe.store.format import ROLES
+from gapprobe.store.format import ROLES, StoredRow
+from gapprobe.store.reader import open_store
+from gapprobe.store.writer import StoreWriter
 
 WEIGHTS = "f" * 64
 IDS = tuple(f"row-{i}" for i in range(9))
@@ -181,12 +183,26 @@ def test_blocks_of_rows_change_nothing_and_a_stopped_call_goes_on(answered, mode
     assert len(asked) > before  # another convention is another result
 
 
+def test_the_next_token_is_the_one_at_the_next_position_of_the_same_row(tmp_path, store_of, head, residuals):
+    """Of the first row a token in the middle was not kept; the second goes on counting where the first ends."""
+    header = store_of(residuals, IDS).header
+    with StoreWriter(tmp_path / "gaps", header) as writer:
+        for name, ids, positions in (("a", [5, 6, 7], [3, 4, 6]), ("b", [8, 9], [7, 8])):
+            tokens = torch.tensor(ids)
+            x, codes = torch.randn(4, len(ids), 8), torch.zeros(len(ids), dtype=torch.uint8)
+            writer.append([StoredRow(name, {}, x, tokens, torch.tensor(positions), codes, codes)])
+    found = logit_lens(open_store(tmp_path / "gaps"), head, "next")
+    assert found.token_ids.tolist() == [5, 6, 7, 8, 9]
+    assert found.targets[:, 0].tolist() == [6, -1, -1, 9, -1]
+
+
 class Halved:
     """A lens of one's own."""
 
     name = "halved"
 
     def translate(self, x, layer):
+        assert layer < 3, "the last layer is never translated"
         return x / 2 if layer == 1 else x
 
 
