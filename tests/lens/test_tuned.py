@@ -131,6 +131,23 @@ def test_the_same_seed_gives_the_same_bytes_and_rows_held_out_leave_no_trace(pla
     assert train_tuned_lens(other, end, **given).lens.fingerprint == first.lens.fingerprint
 
 
+def test_kept_readings_of_two_lenses_are_told_apart(planted, tmp_path):
+    store, _, end = planted
+    g = torch.Generator().manual_seed(5)
+    for _ in range(2):
+        lens = TunedLens((0, 1), torch.randn(2, 6, 6, generator=g), torch.randn(2, 6, generator=g), 2)
+        fresh = gp.logit_lens(store, end, position="last_input", lens=lens)
+        kept = gp.logit_lens(store, end, position="last_input", lens=lens, folder=tmp_path)
+        np.testing.assert_array_equal(kept.entropy, fresh.entropy)
+
+
+def test_a_lens_of_another_model_is_refused(planted):
+    store, _, end = planted
+    lens = TunedLens((0, 1), torch.zeros(2, 6, 6), torch.zeros(2, 6), 2, weights="0" * 64)
+    with pytest.raises(DataError, match="trained for weights 0000"):
+        gp.logit_lens(store, end, position="last_input", lens=lens)
+
+
 def test_refusals(planted):
     store, _, end = planted
     for changes, message in (
