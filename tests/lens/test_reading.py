@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import gapprobe as gp
+from gapprobe import stats
 from gapprobe.errors import DataError
 from gapprobe.kernels.logit_lens import Unembedding
 from gapprobe.lens.reading import LensReading, join
@@ -166,3 +167,11 @@ def test_groups_of_rows_by_layer(store_of):
         table[table["group"] == "a"]["probability"], found.probability[:, [0, 2, 5], 0].mean(1), rtol=1e-6
     )
     assert table["n"].tolist() == [3] * 3 + [2] * 3
+    shared = pd.Series(["x", "y", "y", "z", "x", "z"], index=ids)
+    clustered = found.by_layer(pd.Series(["a", "b", "a", None, "b", "a"], index=ids), shared, replicates=200)
+    weights = stats.crossed_weights(shared.to_numpy(dtype=str), np.zeros(6, dtype=int), replicates=200, seed=0)
+    of_b = [1, 4]
+    expected = stats.layer_means(found.probability[:, of_b, 0].astype(float), weights[:, of_b])
+    line = clustered[clustered["group"] == "b"]
+    np.testing.assert_allclose(line["ci_low"], [mean.low for mean in expected])
+    np.testing.assert_allclose(line["ci_high"], [mean.high for mean in expected])
