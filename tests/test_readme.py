@@ -7,7 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # The examples of stores are run by tests/store: test_format.py and test_exporting.py.
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[!s]*.md")), ROOT / "docs" / "similarity.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("[!s]*.md")),
+    ROOT / "docs" / "selective.md",
+    ROOT / "docs" / "similarity.md",
+]
 FENCES = {page.name: re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL) for page in PAGES}
 
 

@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from gapprobe.probes.tokens import Tokens as Tokens
     from gapprobe.probes.tokens import read_position as read_position
     from gapprobe.report.page import write_report as write_report
-    from gapprobe.selective import risk_coverage as risk_coverage
+    from gapprobe.selective.measures import risk_coverage as risk_coverage
+    from gapprobe.selective.report import selective_report as selective_report
+    from gapprobe.selective.thresholds import ltt_threshold as ltt_threshold
+    from gapprobe.selective.thresholds import sgr_threshold as sgr_threshold
     from gapprobe.similarity.cka import cka as cka
     from gapprobe.similarity.cosines import cosine as cosine
     from gapprobe.similarity.result import load_cosine as load_cosine
@@ -65,10 +68,13 @@ if TYPE_CHECKING:
     from gapprobe.study.config import load_config as load_config
     from gapprobe.study.run import Study as Study
     from gapprobe.study.run import run_studies as run_studies
+    from gapprobe.tasks.agreement import agreement as agreement
+    from gapprobe.tasks.choices import make_choices as make_choices
     from gapprobe.tasks.examples import Example as Example
     from gapprobe.tasks.examples import mentions as mentions
     from gapprobe.tasks.images import ImageFile as ImageFile
     from gapprobe.tasks.images import load_images as load_images
+    from gapprobe.tasks.judging import judge_answers as judge_answers
     from gapprobe.tasks.prompts import load_template as load_template
     from gapprobe.tasks.questions import load_questions as load_questions
     from gapprobe.tasks.sounds import SoundFile as SoundFile
@@ -119,7 +125,10 @@ _HOMES = {
     "probe_direction": "gapprobe.probes.directions",
     "load_direction": "gapprobe.probes.directions",
     "write_report": "gapprobe.report.page",
-    "risk_coverage": "gapprobe.selective",
+    "risk_coverage": "gapprobe.selective.measures",
+    "selective_report": "gapprobe.selective.report",
+    "ltt_threshold": "gapprobe.selective.thresholds",
+    "sgr_threshold": "gapprobe.selective.thresholds",
     "cka": "gapprobe.similarity.cka",
     "cosine": "gapprobe.similarity.cosines",
     "load_cosine": "gapprobe.similarity.result",
@@ -145,6 +154,9 @@ _HOMES = {
     "load_examples": "gapprobe.tasks.tables",
     "load_images": "gapprobe.tasks.images",
     "load_template": "gapprobe.tasks.prompts",
+    "agreement": "gapprobe.tasks.agreement",
+    "judge_answers": "gapprobe.tasks.judging",
+    "make_choices": "gapprobe.tasks.choices",
     "load_questions": "gapprobe.tasks.questions",
 }
 

@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pandas as pd
 import PIL.Image
@@ -73,6 +74,14 @@ def test_a_trial_that_could_not_be_run_is_neither_right_nor_counted() -> None:
     assert outcomes["excluded"].tolist() == ["could not be run"]
     assert not outcomes["visual"].iloc[0]
     assert len(runnable(outcomes)) == 0
+
+
+def test_an_alias_of_the_answer_is_right() -> None:
+    trial = build()[0]
+    known = replace(trial.question, aliases=("steel",))
+    told = RIGHT | {"visual": "It is steel."}
+    assert not judged([trial], told)["visual"].iloc[0]
+    assert judged([replace(trial, question=known)], told)["visual"].iloc[0]
 
 
 def test_the_majority_over_trivial_images_decides_text_only() -> None:

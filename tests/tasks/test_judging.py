@@ -1,6 +1,7 @@
 import pytest
 
-from gapprobe.tasks.judging import judge_published, judge_sound, majority, words
+from gapprobe.tasks.judging import judge_published, judge_sound, majority
+from gapprobe.tasks.normal import words
 
 
 @pytest.mark.parametrize(

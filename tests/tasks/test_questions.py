@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from gapprobe.errors import ConfigError
 from gapprobe.tasks.questions import SLOT, Entity, Question, leaks, load_questions, mentions, reason_to_drop, with_slot
@@ -30,6 +32,57 @@ def test_leaks_names_what_still_gives_the_entity_away() -> None:
     assert leaks("What is the object in the candy shop?", CAN) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("butterfly", "What do butterflies eat?"),
+        ("waffles", "What is a waffle?"),
+        ("wolf", "Where do wolves live?"),
+        ("woman", "What do WOMEN wear?"),
+        ("mouse", "What do mice eat?"),
+        ("creme_brulee", "Who made crème brûlée?"),
+        ("crème brûlée", "Who made cre\u0300me bru\u0302le\u0301e?"),
+        ("Crème brûlée", "Who made creme-brulee?"),
+        ("maple_tree", "How tall are maple trees?"),
+        ("ice cream", "Is an ice-cream cold?"),
+        ("ice cream", "Is icecream cold?"),
+        ("Ben's", "Is Ben’s open?"),
+    ],
+)
+def test_what_gives_a_name_away(name: str, text: str) -> None:
+    assert leaks(text, Entity(name)) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("bus", "Is a bush green?"), ("ox", "Is it a fox?"), ("seal", "Is sea salt real?"), ("", "Is it?"), ("-", "A-B?")],
+)
+def test_what_does_not(name: str, text: str) -> None:
+    assert leaks(text, Entity(name)) == []
+
+
+def test_an_underscore_is_a_space_when_it_is_read() -> None:
+    entity = Entity("maple_tree")
+    text = with_slot("How tall are Maple-Trees?", entity)
+    assert text == f"How tall are {SLOT}s?"
+    assert Question("maple_tree", "r", text, "x").naming("maple_tree") == "How tall are maple trees?"
+
+
+WORD = st.text(st.sampled_from("abAéS"), min_size=1, max_size=3)
+NAME = st.lists(WORD, min_size=1, max_size=2).map(" ".join)
+TEXT = st.lists(st.one_of(WORD, st.sampled_from(["the", "-", "'s", "s", "?", "’", "_"])), max_size=8)
+
+
+@given(NAME, NAME, TEXT, st.sampled_from(["", " ", "-", "  "]))
+@example("a b", "b a", ["a", "b", "a", "b"], " ")
+@example("a", "as", ["as", "’", "s"], "")
+def test_whatever_is_replaced_leaves_no_name(name: str, alias: str, parts: list[str], gap: str) -> None:
+    entity = Entity(name, (alias,))
+    question = Question(name, "r", with_slot(gap.join(parts), entity), "x")
+    shown = question.referring("this thing")
+    assert [n for n in entity.names if mentions(shown, n)] == []
+
+
 def test_mentions_are_character_spans() -> None:
     assert [("a can, Cans"[a:b]) for a, b in mentions("a can, Cans", "can")] == ["can", "Can"]
 
@@ -41,6 +94,8 @@ def test_mentions_are_character_spans() -> None:
         (f"The {SLOT} is how old?", "the object in the image is how old?"),
         (f"Are {SLOT}s recycled?", "Are the object in the image recycled?"),
         (f"What is {SLOT}'s lid?", "What is the object in the image's lid?"),
+        (f"What are {SLOT}s' lids?", "What are the object in the image's lids?"),
+        (f"What are '{SLOT}s' made of?", "What are 'the object in the image' made of?"),
     ],
 )
 def test_a_reference_brings_its_own_article_and_takes_the_plural_with_it(text: str, expected: str) -> None:
@@ -86,6 +141,44 @@ def test_an_alias_that_stands_outside_the_slot_is_masked_too(tmp_path) -> None:
     assert leaks(question.referring("the object"), CAN) == []
 
 
+def test_several_answers_may_be_right(tmp_path) -> None:
+    file = tmp_path / "q.csv"
+    head = "entity,question,answer,answer_aliases\n"
+    file.write_text(head + "can,What is a can made of?,tin,steel | aluminium\n", encoding="utf-8")
+    assert load_questions(file).questions[0].answers == ("tin", "steel", "aluminium")
+    file.write_text(head + "can,What is a can made of?,tin,a can\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="answer names the entity"):
+        load_questions(file)
+    file = tmp_path / "q.toml"
+    file.write_text(
+        'reference = "it"\nidentify = "What?"\nentities = [{ name = "can" }, { name = "cup" }]\n[[relations]]\n'
+        'name = "r"\nquestions = ["What is {entity}?"]\nanswers = { can = ["tin", "steel"], cup = "clay" }\n',
+        encoding="utf-8",
+    )
+    assert [q.answers for q in load_questions(file).questions] == [("tin", "steel"), ("clay",)]
+
+
+def test_accents_count_in_answers_and_not_in_questions() -> None:
+    zero = Entity("zero")
+    assert reason_to_drop(Question("zero", "french", f"What is {SLOT} in French?", "zéro"), zero) is None
+    assert reason_to_drop(Question("zero", "r", f"What is {SLOT}?", "Zero"), zero) == "answer names the entity"
+    assert leaks("What is zéro?", zero) == ["zero"]
+
+
+def test_a_plural_that_cannot_be_replaced_says_so(tmp_path) -> None:
+    file = tmp_path / "q.csv"
+    rows = [
+        "wolf,Where do wolves live?,woods,r1,",
+        "wolf,Is a wolf one of the wolves?,yes,r2,",
+        "wolf,Is a wolf wild?,yes,,",
+    ]
+    file.write_text(CSV + "\n".join(rows), encoding="utf-8")
+    assert [reason for _, reason in load_questions(file).dropped] == [
+        "question does not name the entity in a form that can be replaced",
+        "the question names the entity outside its slot",
+    ]
+
+
 def test_a_reference_that_names_the_entity_is_no_reference(tmp_path) -> None:
     file = tmp_path / "q.csv"
     file.write_text(CSV + "can,What is a can made of?,aluminium,r1,\n", encoding="utf-8")
@@ -99,6 +192,12 @@ def test_a_reference_that_names_the_entity_is_no_reference(tmp_path) -> None:
         ("q.txt", "", "must end in .toml or .csv"),
         ("q.toml", "entities = [", "cannot be read"),
         ("q.toml", "entities = []\nrelations = []", "lacks the field 'reference'"),
+        (
+            "q.toml",
+            'reference = "it"\nidentify = "?"\nentities = [{ name = "can" }]\n[[relations]]\nname = "r"\n'
+            'questions = ["What is {entity}?"]\nanswers = { can = ["tin", 4] }\n',
+            "q.toml lacks the field .*'int'",
+        ),
         ("q.csv", "entity,question\nx,y\n", "lacks the field 'answer'"),
         ("q.csv", CSV + "can,What is a can?,metal,r,\ncan,What else is a can?,tin,r,\n", "share relation and entity"),
     ],

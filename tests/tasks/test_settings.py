@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -58,6 +59,26 @@ def test_what_stretches_of_a_prompt_are_goes_with_it() -> None:
     assert parts(trial.identification) == {"system": [before], "answer_cue": [" A:"], "reference": []}
     assert parts(trial.text_only[0]) == parts(trial.full_information)
     assert parts(trial.guess_control[-1]) == parts(trial.visual)
+
+
+@pytest.mark.parametrize(
+    ("change", "asked"),
+    [
+        ({"reference": "the CAN"}, "What is the CAN made of"),
+        ({"identify": "Which can is it?"}, "Which can is it"),
+        ({"questions": (Question("can", "r", "Is a tin a {entity}?", "yes"),)}, "Is a tin the object"),
+    ],
+)
+def test_a_visual_prompt_that_names_the_entity_is_refused(change: dict[str, object], asked: str) -> None:
+    told = replace(QUESTIONS, entities=(Entity("can", ("tin",)), CAT), **change)
+    with pytest.raises(ConfigError, match=f"prompt that asks '{asked}.* about a picture of can names it"):
+        build_trials(told, image_set(), TEMPLATE, images_per_question=1)
+
+
+def test_a_template_whose_examples_name_the_entity_is_refused() -> None:
+    template = replace(TEMPLATE, examples=(("What purrs?", "Cats."),))
+    with pytest.raises(ConfigError, match=r"picture of cat names it \(cat\)"):
+        build_trials(QUESTIONS, image_set(), template, images_per_question=1)
 
 
 def test_an_entity_in_the_plural_is_a_mention_of_it() -> None:

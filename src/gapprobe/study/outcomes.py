@@ -38,7 +38,7 @@ def judge_trials(
     failed = rows["error"].notna().to_dict()
     table: list[dict[str, object]] = []
     for trial in trials:
-        gold: dict[str, tuple[str, ...]] = {s: (trial.question.answer,) for s in SETTINGS}
+        gold: dict[str, tuple[str, ...]] = dict.fromkeys(SETTINGS, trial.question.answers)
         gold["identification"] = questions.entity(trial.question.entity).names
         record: dict[str, object] = {
             "trial": trial.id,

@@ -1,48 +1,26 @@
 """Is an answer right? The published rule, and a sound one that is the default.
 
-The published rule (case-insensitive inclusion either way) lets "1" match "12" and "" match everything. The sound
-one compares whole words after normalisation, with numbers as words or digits, and only looks for the gold answer in
-the given one.
+The published rule (case-insensitive inclusion either way) lets "1" match "12" and "" match everything. The sound one
+looks for the gold answer in the given one, word by word after normalisation (`gapprobe.tasks.normal`). Neither reads
+what an answer says about the words: "not Paris" holds Paris. docs/judging.md has what is normalised and what is not.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-_UNITS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen""".split()  # noqa: SIM905 (a list of quoted words is harder to read and check)
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_VALUE = {word: value for value, word in enumerate(_UNITS)} | {word: 10 * i for i, word in enumerate(_TENS, start=2)}
-_ARTICLES = frozenset({"a", "an", "the"})
+import pandas as pd
 
+from gapprobe.errors import DataError
+from gapprobe.tasks.normal import find, words
 
-def words(text: str) -> list[str]:
-    """Split `text` into normalised words: casefolded, no punctuation or articles, numbers below 100 as digits."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    raw = re.findall(r"\w+", folded)
-    result: list[str] = []
-    previous_is_tens = False
-    for word in raw:
-        value = _VALUE.get(word)
-        if value is not None and previous_is_tens and 0 < value < 10:
-            result[-1] = str(int(result[-1]) + value)
-        elif word not in _ARTICLES or len(raw) == 1:
-            result.append(word if value is None else str(value))
-        previous_is_tens = word in _TENS
-    return result
+Judge = Callable[[str, Sequence[str]], bool]
 
 
 def judge_sound(answer: str, gold: Sequence[str]) -> bool:
-    """Return whether any of the `gold` answers stands in `answer` as whole words."""
-    given = words(answer)
-    for option in gold:
-        wanted = words(option)
-        if wanted and any(given[i : i + len(wanted)] == wanted for i in range(len(given) - len(wanted) + 1)):
-            return True
-    return False
+    """Return whether any of the `gold` answers (the answer and its aliases) stands in `answer` as whole words."""
+    return any(find(answer, option) for option in gold)
 
 
 def judge_published(answer: str, gold: Sequence[str]) -> bool:
@@ -51,7 +29,34 @@ def judge_published(answer: str, gold: Sequence[str]) -> bool:
     return any(option.casefold() in given or given in option.casefold() for option in gold)
 
 
-JUDGES: dict[str, Callable[[str, Sequence[str]], bool]] = {"sound": judge_sound, "published": judge_published}
+JUDGES: dict[str, Judge] = {"sound": judge_sound, "published": judge_published}
+
+
+def judge_answers(
+    answers: Mapping[str, object], gold: Mapping[str, Sequence[str]], judges: Mapping[str, Judge] = JUDGES
+) -> pd.DataFrame:
+    """Judge the same answers by several judges, for `agreement`.
+
+    Args:
+        answers: by row id (of a store: `store.rows["answer"].to_dict()`).
+        gold: the gold answer and its aliases, by row id; ids without an answer are not looked at.
+        judges: by name; each says whether an answer is right.
+
+    Returns:
+        One line a row of `answers`: `answer`, `gold` (joined by " | "), and a column of truth values a judge.
+
+    Raises:
+        DataError: an answer that is no text, or without gold answers, or with a bare string in place of several.
+    """
+    lines: list[tuple[object, ...]] = []
+    for id_, answer in answers.items():
+        right = gold.get(id_, ())
+        if not isinstance(answer, str):
+            raise DataError(f"the answer of row {id_} is {answer!r} and no text; leave out rows that were not run")
+        if not right or isinstance(right, str):
+            raise DataError(f"row {id_} has the gold answers {right!r}; give a list of the answer and its aliases")
+        lines.append((answer, " | ".join(right), *(judge(answer, right) for judge in judges.values())))
+    return pd.DataFrame(lines, index=list(answers), columns=["answer", "gold", *judges])
 
 
 def majority(answers: Sequence[str]) -> str:

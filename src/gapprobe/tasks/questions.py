@@ -9,14 +9,33 @@ from __future__ import annotations
 import csv
 import re
 import tomllib
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from gapprobe.errors import ConfigError
 
 SLOT = "{entity}"
 MAX_ANSWER_WORDS = 7
+# Between the words of a name: "ice cream", "ice-cream", "ice_cream" and "icecream" are one.
+_BETWEEN = r"[\s_\-\u2010\u2011]"
+# Plurals that no added s makes. Both ways give the entity away: Food101 has "waffles" and CIFAR100 "butterfly".
+_PLURALS = (
+    ("y", "ies"),
+    ("f", "ves"),
+    ("fe", "ves"),
+    ("man", "men"),
+    ("mouse", "mice"),
+    ("goose", "geese"),
+    ("foot", "feet"),
+    ("tooth", "teeth"),
+    ("child", "children"),
+    ("person", "people"),
+    ("", "es"),
+    ("", "s"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,12 +53,21 @@ class Entity:
 
 @dataclass(frozen=True)
 class Question:
-    """A fact asked about one entity. `text` holds the slot `{entity}`; `relation` groups alike questions."""
+    """A fact asked about one entity. `text` holds the slot `{entity}`; `relation` groups alike questions.
+
+    `aliases` are other answers that are as right as `answer`.
+    """
 
     entity: str
     relation: str
     text: str
     answer: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Return the answer and its aliases."""
+        return (self.answer, *self.aliases)
 
     @property
     def id(self) -> str:
@@ -47,17 +75,23 @@ class Question:
         return f"{self.relation}/{self.entity}"
 
     def naming(self, name: str) -> str:
-        """Return the question with `name` in the slot."""
-        return self.text.replace(SLOT, name)
+        """Return the question with `name` in the slot, its underscores, as class names have them, as spaces."""
+        return self.text.replace(SLOT, name.replace("_", " "))
 
     def referring(self, reference: str) -> str:
         """Return the question with `reference` in the slot.
 
         A plural ending goes with the name, and so does an article where the reference brings its own ("a dog" becomes
-        "the object in the image", not "a the object in the image").
+        "the object in the image", not "a the object in the image"). "Dogs' ears" become "the object in the image's".
         """
         article = r"(?:\b(?:an?|the)\s+)?" if re.match(r"(the|this|that|an?)\b", reference, re.IGNORECASE) else ""
-        return re.sub(rf"{article}{re.escape(SLOT)}(?:e?s\b)?", lambda _: reference, self.text, flags=re.IGNORECASE)
+
+        def put(match: re.Match[str]) -> str:
+            quoted = match.string[: match.start()].endswith(("'", "‘"))
+            return reference + (match["owner"] or "") + ("s" if match["owner"] and not quoted else "")
+
+        slot = rf"{article}{re.escape(SLOT)}(?:e?s(?!\w)(?P<owner>['’](?!\w))?)?"
+        return re.sub(slot, put, self.text, flags=re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -78,23 +112,68 @@ class QuestionSet:
 def mentions(text: str, name: str) -> list[tuple[int, int]]:
     """Return the character spans where `name` stands as a whole word in `text`, in any casing.
 
-    A plural or possessive ending still counts as the name ("dogs", "dog's"); a longer word does not ("dogma").
+    A plural or possessive ending still counts as the name ("dogs", "dog's"); a longer word does not ("dogma"). So do
+    hyphens, underscores and nothing in place of its spaces, and Latin letters with or without accents.
     """
-    pattern = rf"(?<!\w){re.escape(name)}(?=(?:'s|’s|s|es)?(?!\w))"
-    return [m.span() for m in re.finditer(pattern, text, flags=re.IGNORECASE)]
+    pattern = _pattern((name,))
+    return [m.span() for m in pattern.finditer(_plain(text))] if pattern else []
 
 
 def with_slot(text: str, entity: Entity) -> str:
     """Replace every mention of `entity` in `text`, by any of its names, with the slot `{entity}`."""
-    for name in sorted(entity.names, key=len, reverse=True):
-        for start, end in reversed(mentions(text, name)):
-            text = text[:start] + SLOT + text[end:]
+    pattern = _pattern(entity.names)
+    text = unicodedata.normalize("NFC", text)
+    for match in reversed(list(pattern.finditer(_plain(text))) if pattern else []):
+        text = text[: match.start()] + SLOT + text[match.end() :]
     return text
 
 
 def leaks(text: str, entity: Entity) -> list[str]:
-    """Return the names of `entity` that still stand in `text`: a visual question must have none."""
-    return [name for name in entity.names if mentions(text, name)]
+    """Return the names of `entity` that still stand in `text`: a visual question must have none.
+
+    Wider than what is replaced: "butterflies" names a butterfly, and "waffle" waffles.
+    """
+    plain = _plain(unicodedata.normalize("NFC", text))
+    found = ((name, _pattern(_forms(name))) for name in entity.names)
+    return [name for name, pattern in found if pattern and pattern.search(plain)]
+
+
+def _as_written(text: str, name: str) -> bool:
+    """Return whether `name` stands in `text` with the accents that it has, and no others."""
+
+    def accents(part: str) -> list[str]:
+        return [c for c in unicodedata.normalize("NFD", part) if unicodedata.combining(c)]
+
+    text = unicodedata.normalize("NFC", text)
+    return any(accents(text[start:end]) == accents(name) for start, end in mentions(text, name))
+
+
+@cache
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str] | None:
+    """Return what finds any of `names`, the longest first; None if they hold nothing to find."""
+    parts = [list(filter(None, re.split(_BETWEEN, _plain(unicodedata.normalize("NFC", name))))) for name in names]
+    found = sorted((f"{_BETWEEN}*".join(map(re.escape, part)) for part in parts if part), key=len, reverse=True)
+    if not found:
+        return None
+    return re.compile(rf"(?<![^\W_])(?:{'|'.join(found)})(?=(?:'s|s|es)?(?![^\W_]))", re.IGNORECASE)
+
+
+def _plain(text: str) -> str:
+    """Return text of the same length with straight apostrophes and Latin letters without accents."""
+    bases = (unicodedata.normalize("NFD", c)[0] for c in text)
+    return "".join("'" if c == "’" else b if b.isascii() else c for c, b in zip(text, bases, strict=True))
+
+
+@cache
+def _forms(name: str) -> tuple[str, ...]:
+    """Return a name with its plural, and the singular if it is one; some are no words, which costs nothing."""
+    found = [name]
+    for one, many in _PLURALS:
+        for ending, other in ((one, many), (many, one)):
+            stem = name[: len(name) - len(ending)]
+            if name.casefold().endswith(ending) and len(stem + other) > 2:
+                found.append(stem + other)
+    return tuple(dict.fromkeys(found))
 
 
 def reason_to_drop(question: Question, entity: Entity) -> str | None:
@@ -107,10 +186,12 @@ def reason_to_drop(question: Question, entity: Entity) -> str | None:
         return "empty question or answer"
     if len(question.answer.split()) > MAX_ANSWER_WORDS:
         return f"answer longer than {MAX_ANSWER_WORDS} words"
-    if leaks(question.answer, entity):
+    # As written: "zéro" does not name zero, though it would give it away in a question.
+    if any(_as_written(answer, name) for answer in question.answers for name in entity.names):
         return "answer names the entity"
     if SLOT not in question.text:
-        return "question does not name the entity"
+        form = " in a form that can be replaced" if leaks(question.text, entity) else ""
+        return f"question does not name the entity{form}"
     return None
 
 
@@ -118,7 +199,8 @@ def load_questions(path: Path, reference: str | None = None, identify: str | Non
     """Read a question file, `.toml` (relations and answers by entity) or `.csv` (columns entity, question, answer).
 
     A CSV may also have the columns `relation` and `aliases` (separated by `|`); its questions name the entity in
-    plain words, or hold the slot `{entity}`. `reference` ("the object in the image") and `identify` ("What is the
+    plain words, or hold the slot `{entity}`. `answer_aliases` (likewise) are other right answers, which TOML gives as a
+    list in place of the answer. `reference` ("the object in the image") and `identify` ("What is the
     object in the image?") override what the file says; a CSV needs them.
 
     Raises:
@@ -168,11 +250,13 @@ def _filtered(
 def _from_toml(path: Path) -> tuple[list[Entity], list[Question], str, str]:
     data = tomllib.loads(path.read_text(encoding="utf-8"))
     entities = [Entity(e["name"], tuple(e.get("aliases", ()))) for e in data["entities"]]
-    questions = [
-        Question(entity, relation["name"], relation["questions"][0], answer)
-        for relation in data["relations"]
-        for entity, answer in relation["answers"].items()
-    ]
+    questions: list[Question] = []
+    for relation in data["relations"]:
+        for entity, told in relation["answers"].items():
+            answers = tuple(map(str.strip, (told,) if isinstance(told, str) else told))
+            questions.append(
+                Question(entity, relation["name"], relation["questions"][0], "".join(answers[:1]), answers[1:])
+            )
     return entities, questions, data["reference"], data["identify"]
 
 
@@ -181,9 +265,12 @@ def _from_csv(path: Path) -> tuple[list[Entity], list[Question]]:
     questions: list[Question] = []
     with path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.DictReader(file), start=1):
-            aliases = tuple(a.strip() for a in (row.get("aliases") or "").split("|") if a.strip())
+            aliases, others = (
+                tuple(part.strip() for part in (row.get(column) or "").split("|") if part.strip())
+                for column in ("aliases", "answer_aliases")
+            )
             entity = entities.setdefault(row["entity"].strip(), Entity(row["entity"].strip(), aliases))
             text = with_slot(row["question"], entity)
             relation = (row.get("relation") or "").strip() or f"question-{number}"
-            questions.append(Question(entity.name, relation, text.strip(), row["answer"].strip()))
+            questions.append(Question(entity.name, relation, text.strip(), row["answer"].strip(), others))
     return list(entities.values()), questions

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gapprobe.errors import ConfigError, DataError
-from gapprobe.tasks.examples import Example, Span, mentions
+from gapprobe.tasks.examples import Example, Span
 from gapprobe.tasks.images import ImageFile, ImageSet, TrivialImage, size_of
 from gapprobe.tasks.prompts import PromptTemplate
-from gapprobe.tasks.questions import Question, QuestionSet
+from gapprobe.tasks.questions import Question, QuestionSet, leaks, mentions
 
 SETTINGS = ("identification", "full_information", "text_only", "visual", "guess_control")
 TRIVIAL = ("black", "white", "noise", "none")
@@ -60,12 +60,21 @@ def build_trials(
     """Pair every question with `images_per_question` images of its entity, drawn without replacement.
 
     Raises:
-        ConfigError: an unknown trivial image, or fewer than one image a question.
+        ConfigError: an unknown trivial image, fewer than one image a question, or a prompt that names an entity
+            which is only to be shown.
     """
     if unknown := [kind for kind in trivial if kind not in TRIVIAL]:
         raise ConfigError(f"trivial image {unknown[0]!r} is not known; choose from {', '.join(TRIVIAL)}")
     if images_per_question < 1 or not trivial:
         raise ConfigError("a study needs at least one image a question and one trivial image")
+    for question in questions.questions:
+        entity = questions.entity(question.entity)
+        for asked in (question.referring(questions.reference), questions.identify):
+            if names := leaks(template.render(asked), entity):
+                raise ConfigError(
+                    f"the prompt that asks {asked!r} about a picture of {entity.name} names it ({', '.join(names)}): "
+                    "reword the question, the reference or the template's examples"
+                )
     rng = np.random.default_rng(seed)
     trials: list[Trial] = []
     for question in questions.questions:
@@ -121,11 +130,7 @@ class _Prompt:
     def of(cls, template: PromptTemplate, question: str, **phrases: str) -> _Prompt:
         """Render a question; `phrases` are looked for by role."""
         text = template.render(question)
-        # A question may ask about several of a kind; the ending is no part of the name.
-        found = {
-            role: sorted((a, a + len(phrase)) for ending in ("", "s", "es") for a, _ in mentions(text, phrase + ending))
-            for role, phrase in phrases.items()
-        }
+        found = {role: mentions(text, phrase) for role, phrase in phrases.items()}
         return cls(text, {**template.spans(question), **found})
 
 
