@@ -92,7 +92,7 @@ class Standardised:
 class Stack:
     """Several X of one shape, each with the same problems: those of the first come first, then those of the second.
 
-    Small layers side by side: a step of the descent is a few hundred small operations, whatever their number.
+    A step of the descent is a few hundred small operations, whatever the number of layers.
     """
 
     parts: tuple[Standardised, ...]
