@@ -138,7 +138,7 @@ def fit_layers(
     c: float | Float[Tensor, " p"] = 1.0,
     tolerance: float = 1e-6,
 ) -> list[LogisticFits]:
-    """Fit the same problems on several X, such as layers, side by side: on a CPU small ones take a tenth less time.
+    """Fit the same problems on several X, such as layers, in one call; on a CPU one after another is as fast.
 
     Args:
         xs: raw features, all of one shape.

@@ -90,10 +90,7 @@ class Standardised:
 
 @dataclass(frozen=True)
 class Stack:
-    """Several X of one shape, each with the same problems: those of the first come first, then those of the second.
-
-    A step of the descent is a few hundred small operations, whatever the number of layers.
-    """
+    """Several X of one shape, each with the same problems: those of the first come first, then those of the second."""
 
     parts: tuple[Standardised, ...]
     each: int
