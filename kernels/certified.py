@@ -13,12 +13,11 @@ from torch import Tensor
 from gapprobe.kernels.descent import descend
 from gapprobe.kernels.losses import Loss
 from gapprobe.kernels.preconditioner import Spaces
-from gapprobe.kernels.standardised import Stack, Standardised
+from gapprobe.kernels.standardised import Standardised
 
 ROUNDS = 3  # in float64, each aiming ten times lower
 MARGIN = 0.8  # of the tolerance, aimed at before the certificate is drawn up
 
-F = TypeVar("F", Standardised, Stack)
 L = TypeVar("L", bound=Loss)
 Certificate = tuple[Float64[Tensor, "p c e"], Float64[Tensor, " p"], Float64[Tensor, " p"]]
 
@@ -28,10 +27,10 @@ class NotConvergedError(ArithmeticError):
 
 
 def reach(
-    features: F,
+    features: Standardised,
     spaces: Spaces,
     loss: Callable[[torch.dtype, Tensor], L],
-    certify: Callable[[F, L, Tensor, Tensor], Certificate],
+    certify: Callable[[Standardised, L, Tensor, Tensor], Certificate],
     again: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]],
     problems: Int64[Tensor, " p"],
     tolerance: float,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gapprobe.kernels.losses import Loss, Point
 from gapprobe.kernels.preconditioner import LARGE, Own, Shared, Spaces
-from gapprobe.kernels.standardised import Stack, Standardised
+from gapprobe.kernels.standardised import Standardised
 
 MEMORY = 5  # pairs of step and change of gradient; 10 saves 3 % of the steps and costs more than that
 # Steps after which a problem's own Hessian is taken, if it still runs: in the small subspace, later in the large one.
@@ -92,7 +92,7 @@ class History:
 
 
 def descend(
-    features: Standardised | Stack,
+    features: Standardised,
     loss: Loss,
     weights: Float[Tensor, "p c e"],
     spaces: Spaces,
@@ -130,14 +130,11 @@ def descend(
     def gradient_at(point: Point, weights: Tensor) -> Tensor:
         return weights * penalised - view.pull(loss.turned(point.residual.clone())).flatten(1)
 
-    def per_class(counts: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(c * count for count in counts)
-
     def precondition(vector: Tensor) -> Tensor:
         return preconditioner.apply(vector.view(-1, e)).view_as(vector)
 
     gradient = gradient_at(point, weights)
-    preconditioner = Shared.of(spaces.small, per_class(view.counts), loss.curvature(point).flatten(0, 1))
+    preconditioner = Shared.of(spaces.small, loss.curvature(point).flatten(0, 1))
     history = History(weights)
     gain = torch.ones_like(weights[:, 0])
     best, lowest = torch.full_like(gain, torch.inf), torch.full_like(gain, torch.inf)
@@ -162,7 +159,7 @@ def descend(
         if step in OWN or step in OWN_LARGE:
             few = len(weights) * c * LARGE**2 <= ROOM
             space = spaces.large if step in OWN_LARGE and few else spaces.small
-            preconditioner = Own.of(space, per_class(view.counts), view, loss.curvature(point).flatten(0, 1))
+            preconditioner = Own.of(space, view, loss.curvature(point).flatten(0, 1))
             history, gain = History(weights), torch.ones_like(gain)
         passed, first = history.before(gradient)
         direction = -history.after(precondition(passed) * gain[:, None], first)

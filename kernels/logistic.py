@@ -6,7 +6,6 @@ zero. Every fit carries a duality gap computed in float64 on the raw features, a
 optimum: a fit that is off by more than was asked for is taken up again in float64, and is never returned.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from gapprobe.kernels.certified import NotConvergedError as NotConvergedError
 from gapprobe.kernels.descent import descend
 from gapprobe.kernels.losses import Binary, Multinomial, Point
 from gapprobe.kernels.preconditioner import Spaces
-from gapprobe.kernels.standardised import Stack, Standardised
+from gapprobe.kernels.standardised import Standardised
 
 STEPS = 500  # in float32; real problems take 5 to 150
 MORE_STEPS = 2000  # in float64, where float32 did not reach the tolerance
@@ -128,56 +127,26 @@ def fit(
         ValueError: non-finite features, negative weights, c not above zero, or a problem that lacks a class.
         NotConvergedError: a problem whose certified gap exceeds `tolerance`.
     """
-    return fit_layers([x], y, weights, c, tolerance)[0]
-
-
-def fit_layers(
-    xs: Sequence[Float[Tensor, "n d"]],
-    y: Bool[Tensor, "p n"] | Int[Tensor, "p n"],
-    weights: Float[Tensor, "p n"],
-    c: float | Float[Tensor, " p"] = 1.0,
-    tolerance: float = 1e-6,
-) -> list[LogisticFits]:
-    """Fit the same problems on several X, such as layers, in one call; on a CPU one after another is as fast.
-
-    Args:
-        xs: raw features, all of one shape.
-        y: as in `fit`.
-        weights: as in `fit`.
-        c: as in `fit`.
-        tolerance: as in `fit`.
-
-    Returns:
-        The fits of each X.
-
-    Raises:
-        ValueError: as `fit`, or X of several shapes.
-        NotConvergedError: as `fit`.
-    """
-    if len({x.shape for x in xs}) != 1:
-        raise ValueError(f"fits side by side want X of one shape, got {sorted({tuple(x.shape) for x in xs})}")
-    p, (n, d) = len(weights), xs[0].shape
-    strengths = torch.as_tensor(c, dtype=torch.float64, device=xs[0].device).expand(p)
-    for x in xs:
-        check(x, y, weights, strengths)
+    p, (n, d) = len(weights), x.shape
+    strengths = torch.as_tensor(c, dtype=torch.float64, device=x.device).expand(p)
+    check(x, y, weights, strengths)
     classes = 1 if y.dtype == torch.bool else int(y.max()) + 1 if y.numel() else 2
     if not p:
         shape = (0,) if classes == 1 else (0, classes)
-        none = xs[0].new_zeros(0, dtype=torch.float64)
-        return [LogisticFits(none.new_zeros(*shape, d), none.new_zeros(shape), none, none, none.long())] * len(xs)
+        none = x.new_zeros(0, dtype=torch.float64)
+        return LogisticFits(none.new_zeros(*shape, d), none.new_zeros(shape), none, none, none.long())
     anywhere = (weights > 0).any(0)
     if not bool(anywhere.all()):  # a row that no problem uses must not reach the shared standardisation
-        xs, y, weights = [x[anywhere] for x in xs], y[:, anywhere], weights[:, anywhere]
-    features = Stack(tuple(Standardised(x, weights > 0) for x in xs), p)
+        x, y, weights = x[anywhere], y[:, anywhere], weights[:, anywhere]
+    features = Standardised(x, weights > 0)
     scaled = weights.double() * strengths[:, None]
     side_by_side = max(1, ROOM // (classes * (8 * n + 16 * d)))
-    spaces = Spaces(features.parts, min(p, side_by_side) * classes)
+    spaces = Spaces(features, min(p, side_by_side) * classes)
 
     def loss(dtype: torch.dtype, some: Tensor) -> Binary | Multinomial:
-        own = some % p
         if classes == 1:
-            return Binary.of(y[own], scaled[own], dtype)
-        return Multinomial.of(y[own], classes, scaled[own], dtype)
+            return Binary.of(y[some], scaled[some], dtype)
+        return Multinomial.of(y[some], classes, scaled[some], dtype)
 
     def again(w: Tensor, own: Tensor, goal: float) -> tuple[Tensor, Tensor]:
         exact, dense = loss(torch.float64, own), classes * min(n, d) <= DENSE
@@ -189,20 +158,17 @@ def fit_layers(
 
     parts = [
         reach(features, spaces, loss, certify, again, part, tolerance, STEPS)
-        for part in torch.arange(len(xs) * p, device=xs[0].device).split(side_by_side)
+        for part in torch.arange(p, device=x.device).split(side_by_side)
     ]
-    fitted = [torch.cat(tensors).split(p) for tensors in zip(*parts, strict=True)]
-    found: list[LogisticFits] = []
-    for coef, intercept, objective, gap, steps in zip(*fitted, strict=True):
-        check_gaps(gap, strengths, tolerance)
-        if classes == 1:
-            coef, intercept = coef[:, 0], intercept[:, 0]
-        found.append(LogisticFits(coef, intercept, objective, gap, steps))
-    return found
+    coef, intercept, objective, gap, steps = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    check_gaps(gap, strengths, tolerance)
+    if classes == 1:
+        coef, intercept = coef[:, 0], intercept[:, 0]
+    return LogisticFits(coef, intercept, objective, gap, steps)
 
 
 def _newton(
-    features: Stack,
+    features: Standardised,
     loss: Binary | Multinomial,
     problems: Int64[Tensor, " p"],
     which: int,
@@ -216,8 +182,7 @@ def _newton(
     one = torch.arange(len(problems), device=weights.device) == which
     view, loss = features.view(problems[one], torch.float64), loss.keep(one)
     used = loss.weight[0, 0] > 0
-    (part,) = (part for part, count in zip(view.parts, view.counts, strict=True) if count)
-    z = ((part.x[used].double() - part.centre) / part.spread - view.mean[0]) * view.scaling[0]
+    z = ((features.x[used].double() - features.centre) / features.spread - view.mean[0]) * view.scaling[0]
     loss = loss.of_rows(used)
     w, basis, different = weights[which], None, torch.unique(z, dim=0)
     if len(different) < z.shape[1]:
@@ -270,7 +235,7 @@ def _solved(hessian: Float64[Tensor, "k k"], gradient: Float64[Tensor, " k"]) ->
 
 
 def certify(
-    features: Standardised | Stack,
+    features: Standardised,
     loss: Binary | Multinomial,
     weights: Float64[Tensor, "p c e"],
     problems: Int64[Tensor, " p"],

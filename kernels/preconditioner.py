@@ -8,7 +8,6 @@ real activations are nearly separable, curvature then differs a thousandfold bet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,68 +66,61 @@ class Subspace:
 
 
 class Spaces:
-    """A subspace of every X of a stack, and larger ones for problems that it does not do for; drawn when asked for."""
+    """A subspace of X, and a larger one for problems that it does not do for; drawn when asked for."""
 
-    def __init__(self, parts: Sequence[Standardised], problems: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, features: Standardised, problems: int, dtype: torch.dtype = torch.float32) -> None:
         """Take the features, how many problems share them (classes count), and the precision.
 
         A larger subspace saves steps, which are worth more the more a step costs.
         """
-        self._parts, self._problems, self._dtype = parts, problems, dtype
+        self._features, self._problems, self._dtype = features, problems, dtype
 
     def to(self, dtype: torch.dtype) -> Spaces:
         """Return the same in another precision."""
-        return Spaces(self._parts, self._problems, dtype)
+        return Spaces(self._features, self._problems, dtype)
 
     @cached_property
-    def small(self) -> tuple[Subspace, ...]:
+    def small(self) -> Subspace:
         """Return what pays from the first step on."""
-        return self._drawn(min(RANK, max(32, math.isqrt(len(self._parts[0].x) * self._problems))))
+        return self._drawn(min(RANK, max(32, math.isqrt(len(self._features.x) * self._problems))))
 
     @cached_property
-    def large(self) -> tuple[Subspace, ...]:
+    def large(self) -> Subspace:
         """Return what pays for problems that take hundreds of steps."""
         return self._drawn(LARGE)
 
-    def _drawn(self, rank: int) -> tuple[Subspace, ...]:
-        return tuple(Subspace.of(part, rank).to(self._dtype) for part in self._parts)
-
-
-Counts = tuple[int, ...]  # how many rows of a tensor are of each
+    def _drawn(self, rank: int) -> Subspace:
+        return Subspace.of(self._features, rank).to(self._dtype)
 
 
 @dataclass(frozen=True)
 class Shared:
     """V (h S + 1)^-1 V' + (1 - V V') / (h tail + 1), h the sum of a problem's curvatures."""
 
-    spaces: tuple[Subspace, ...]
-    counts: Counts
+    space: Subspace
     inside: Float[Tensor, "q k"]
     outside: Float[Tensor, "q 1"]
     intercept: Float[Tensor, " q"]
 
     @classmethod
-    def of(cls, spaces: tuple[Subspace, ...], counts: Counts, curvature: Float[Tensor, "q n"]) -> Shared:
+    def of(cls, space: Subspace, curvature: Float[Tensor, "q n"]) -> Shared:
         """Take the curvature of every row of every problem (each class of a problem counts as one here)."""
         h = curvature.sum(1, keepdim=True)
-        parts = [own * space.values for own, space in zip(h.split(counts), spaces, strict=True)]
-        outside = 1.0 + torch.cat([own * space.tail for own, space in zip(h.split(counts), spaces, strict=True)])
-        inside = 1.0 / torch.minimum(torch.cat(parts) + 1.0, SPAN * outside) - 1.0 / outside
-        return cls(spaces, counts, inside, outside, h[:, 0])
+        outside = h * space.tail + 1.0
+        inside = 1.0 / torch.minimum(h * space.values + 1.0, SPAN * outside) - 1.0 / outside
+        return cls(space, inside, outside, h[:, 0])
 
     def apply(self, gradient: Float[Tensor, "q e"]) -> Float[Tensor, "q e"]:
         """Return the preconditioned gradient; the last entry is the intercept's."""
         out = torch.empty_like(gradient)
         torch.div(gradient[:, :-1], self.outside, out=out[:, :-1])
-        seen = _project(self.spaces, self.counts, gradient[:, :-1]).mul_(self.inside)
-        _lift(self.spaces, self.counts, seen, out[:, :-1])
+        out[:, :-1].addmm_((gradient[:, :-1] @ self.space.basis).mul_(self.inside), self.space.basis.T)
         torch.div(gradient[:, -1], self.intercept, out=out[:, -1])
         return out
 
     def keep(self, some: Bool[Tensor, " q"]) -> Shared:
         """Return the part of some problems."""
-        counts = _kept(self.counts, some)
-        return Shared(self.spaces, counts, self.inside[some], self.outside[some], self.intercept[some])
+        return Shared(self.space, self.inside[some], self.outside[some], self.intercept[some])
 
 
 @dataclass(frozen=True)
@@ -139,25 +131,22 @@ class Own:
     in both but for the few per cent by which a fold's deviations differ from those of all rows.
     """
 
-    spaces: tuple[Subspace, ...]
-    counts: Counts
+    space: Subspace
     inverse: Float[Tensor, "q f f"]
     outside: Float[Tensor, "q 1"]
     mean: Float[Tensor, "q d"]
     scaling: Float[Tensor, "q d"]
 
     @classmethod
-    def of(cls, spaces: tuple[Subspace, ...], counts: Counts, view: View, curvature: Float[Tensor, "q n"]) -> Own:
+    def of(cls, space: Subspace, view: View, curvature: Float[Tensor, "q n"]) -> Own:
         """Form each problem's Hessian in the subspace from the rows whose curvature counts, and invert it."""
-        q, f = len(curvature), spaces[0].seen.shape[1]
-        stride = spaces[0].stride
-        sampled = curvature[:, ::stride] * stride
+        q, f = len(curvature), space.seen.shape[1]
+        sampled = curvature[:, :: space.stride] * space.stride
         inverse = curvature.new_empty(q, f, f)
         half = f // 2
-        all_seen = (space.seen for space, count in zip(spaces, counts, strict=True) for _ in range(count))
-        for own, weights, every in zip(inverse, sampled, all_seen, strict=True):
+        for own, weights in zip(inverse, sampled, strict=True):
             rows = torch.nonzero(weights > NEGLIGIBLE / view.mean.shape[-1])[:, 0]
-            seen = every[rows].mul_(weights[rows].sqrt()[:, None])
+            seen = space.seen[rows].mul_(weights[rows].sqrt()[:, None])
             left, right = seen[:, :half], seen[:, half:]  # the lower triangle alone: three products of four
             torch.mm(left.T, left, out=own[:half, :half])
             torch.mm(right.T, left, out=own[half:, :half])
@@ -172,21 +161,19 @@ class Own:
         factor, _ = torch.linalg.cholesky_ex(inverse)
         torch.cholesky_inverse(factor, out=inverse)
         inverse.mul_(scale[:, :, None]).mul_(scale[:, None])
-        h = curvature.sum(1, keepdim=True)
-        tails = [own * space.tail for own, space in zip(h.split(counts), spaces, strict=True)]
-        outside = torch.maximum(torch.cat(tails) + 1.0, largest / SPAN)
+        outside = torch.maximum(curvature.sum(1, keepdim=True) * space.tail + 1.0, largest / SPAN)
         classes = q // len(view.mean)
         mean, scaling = (part[:, 0].repeat_interleave(classes, 0) for part in (view.mean, view.scaling))
-        return cls(spaces, counts, inverse, outside, mean, scaling)
+        return cls(space, inverse, outside, mean, scaling)
 
     def apply(self, gradient: Float[Tensor, "q e"]) -> Float[Tensor, "q e"]:
         """Return the preconditioned gradient; the last entry is the intercept's."""
         turned = gradient[:, :-1] / self.scaling
         turned.addcmul_(self.mean, gradient[:, -1:])
-        seen = torch.cat([_project(self.spaces, self.counts, turned), gradient[:, -1:]], 1)
+        seen = torch.cat([turned @ self.space.basis, gradient[:, -1:]], 1)
         solved = torch.bmm(seen[:, None], self.inverse)[:, 0]
         turned /= self.outside
-        _lift(self.spaces, self.counts, solved[:, :-1] - seen[:, :-1] / self.outside, turned)
+        turned.addmm_(solved[:, :-1] - seen[:, :-1] / self.outside, self.space.basis.T)
         out = torch.empty_like(gradient)
         torch.div(turned, self.scaling, out=out[:, :-1])
         out[:, -1] = solved[:, -1] + torch.linalg.vecdot(turned, self.mean)
@@ -195,22 +182,4 @@ class Own:
     def keep(self, some: Bool[Tensor, " q"]) -> Own:
         """Return the part of some problems."""
         parts = (part[some] for part in (self.inverse, self.outside, self.mean, self.scaling))
-        return Own(self.spaces, _kept(self.counts, some), *parts)
-
-
-def _kept(counts: Counts, some: Bool[Tensor, " q"]) -> Counts:
-    return tuple(int(own.sum()) for own in some.split(counts))
-
-
-def _project(spaces: tuple[Subspace, ...], counts: Counts, vectors: Float[Tensor, "q d"]) -> Float[Tensor, "q k"]:
-    """Return the vectors' coordinates, each in the subspace of its own features."""
-    out = vectors.new_empty(len(vectors), spaces[0].basis.shape[1])
-    for space, own, into in zip(spaces, vectors.split(counts), out.split(counts), strict=True):
-        torch.mm(own, space.basis, out=into)
-    return out
-
-
-def _lift(spaces: tuple[Subspace, ...], counts: Counts, seen: Float[Tensor, "q k"], out: Float[Tensor, "q d"]) -> None:
-    """Add what has these coordinates to `out`."""
-    for space, own, into in zip(spaces, seen.split(counts), out.split(counts), strict=True):
-        into.addmm_(own, space.basis.T)
+        return Own(self.space, *parts)

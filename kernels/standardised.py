@@ -7,7 +7,6 @@ are float32 on a copy standardised by all rows, or float64 on the raw features t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -80,70 +79,35 @@ class Standardised:
 
     def view(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> View:
         """Return the features as these problems see them."""
-        return View((self,), (len(problems),), *self.own(problems, dtype))
-
-    def own(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return mean and scaling of each problem, [p 1 d]."""
         group = self.group[problems]
-        return self.mean[group].to(dtype)[:, None], (1.0 / self.scale[group]).to(dtype)[:, None]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Several X of one shape, each with the same problems: those of the first come first, then those of the second."""
-
-    parts: tuple[Standardised, ...]
-    each: int
-
-    @property
-    def width(self) -> int:
-        """Return the number of features."""
-        return self.parts[0].width
-
-    def view(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> View:
-        """Return the features as these problems see them; problems rise."""
-        counts = torch.bincount(problems // self.each, minlength=len(self.parts)).tolist()
-        own = (problems % self.each).split(counts)
-        mean, scaling = zip(*(part.own(some, dtype) for part, some in zip(self.parts, own, strict=True)), strict=True)
-        return View(self.parts, tuple(counts), torch.cat(mean), torch.cat(scaling))
+        return View(self, self.mean[group].to(dtype)[:, None], (1.0 / self.scale[group]).to(dtype)[:, None])
 
 
 @dataclass(frozen=True)
 class View:
-    """Features as some problems see them; the last of a problem's weights is its intercept.
+    """Features as some problems see them; the last of a problem's weights is its intercept."""
 
-    Attributes:
-        parts: features.
-        counts: how many of the problems are of each.
-        mean: of each problem, as in `Standardised`.
-        scaling: 1 over its scale.
-    """
-
-    parts: tuple[Standardised, ...]
-    counts: tuple[int, ...]
+    of: Standardised
     mean: Float[Tensor, "p 1 d"]
     scaling: Float[Tensor, "p 1 d"]
 
     def keep(self, problems: Bool[Tensor, " p"]) -> View:
         """Return the view of some of the problems."""
-        counts = tuple(int(own.sum()) for own in problems.split(self.counts))
-        return View(self.parts, counts, self.mean[problems], self.scaling[problems])
+        return View(self.of, self.mean[problems], self.scaling[problems])
 
     def logits(self, weights: Float[Tensor, "p c e"]) -> Float[Tensor, "p c n"]:
         """Return z . w + b for every row; the intercept is the last weight (e = d + 1)."""
         raw = torch.empty_like(weights)
         torch.mul(weights[..., :-1], self.scaling, out=raw[..., :-1])
         raw[..., -1] = weights[..., -1] - (raw[..., :-1] * self.mean).sum(-1)
-        out = raw.new_empty(*raw.shape[:2], len(self.parts[0].x))
-        for part, own, into in self._each(raw, out):
-            part.multiply(own, into)
+        out = raw.new_empty(*raw.shape[:2], len(self.of.x))
+        self.of.multiply(raw.flatten(0, 1), out.flatten(0, 1))
         return out
 
     def pull(self, residual: Float[Tensor, "p c n"]) -> Float[Tensor, "p c e"]:
         """Return sum_i r_i (z_i, 1): the transpose of `logits`."""
-        out = residual.new_zeros(*residual.shape[:2], self.parts[0].width + 1)
-        for part, own, into in self._each(residual, out):
-            part.multiply_back(own, into)
+        out = residual.new_zeros(*residual.shape[:2], self.of.width + 1)
+        self.of.multiply_back(residual.flatten(0, 1), out.flatten(0, 1))
         out[..., :-1] -= out[..., -1:] * self.mean
         out[..., :-1] *= self.scaling
         return out
@@ -152,13 +116,5 @@ class View:
         """Return coefficients and intercept in raw coordinates: the standardisation folded in."""
         coef = weights[..., :-1] * self.scaling
         free = weights[..., -1] - (coef * self.mean).sum(-1)
-        for part, own, intercept in self._each(coef, free):
-            own /= part.spread
-            intercept -= own @ part.centre
-        return coef, free
-
-    def _each(self, *arrays: Tensor) -> Iterator[tuple[Standardised, *tuple[Tensor, ...]]]:
-        """Yield the features that have problems, with their part of the arrays, [p c ...] as [q ...]."""
-        for part, *own in zip(self.parts, *(array.split(self.counts) for array in arrays), strict=True):
-            if len(own[0]):
-                yield part, *(array.flatten(0, 1) for array in own)
+        coef = coef / self.of.spread
+        return coef, free - coef @ self.of.centre

@@ -78,7 +78,7 @@ def fit(
     features = Standardised(x, weights > 0)
     scaled = weights.double() * strengths[:, None]
     side_by_side = max(1, ROOM // (8 * n + 16 * d))
-    spaces = Spaces([features], min(p, side_by_side))
+    spaces = Spaces(features, min(p, side_by_side))
 
     def loss(dtype: torch.dtype, some: Tensor) -> SquaredHinge:
         return SquaredHinge.of(y[some], scaled[some], dtype)

@@ -272,12 +272,12 @@ def test_preconditioners_are_the_inverse_hessian_where_the_subspace_is_everythin
     x, _ = problem(13, 90, 7)
     used = torch.rand(2, 90, generator=torch.Generator().manual_seed(1)) < 0.8
     features = Standardised(x, torch.ones(2, 90) > 0 if not curved else used)
-    spaces = (Subspace.of(features, 10_000),)  # as large as it can be
+    space = Subspace.of(features, 10_000)  # as large as it can be
     view = features.view(torch.arange(2), torch.float32)
     curvature = torch.full((2, 90), 30.0)
     if curved:
         curvature = 100 * torch.rand(2, 90, generator=torch.Generator().manual_seed(2)) * used
-    made = Own.of(spaces, (2,), view, curvature) if curved else Shared.of(spaces, (2,), curvature)
+    made = Own.of(space, view, curvature) if curved else Shared.of(space, curvature)
     gradient = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
     for i in range(2):
         group = features.group[i]
@@ -290,32 +290,6 @@ def test_preconditioners_are_the_inverse_hessian_where_the_subspace_is_everythin
         # And 1 - V V' leaves rounding behind, which the curvature does not divide.
         bound = 1e-2 if curved else 2e-3
         assert float((made.apply(gradient)[i] - exact).norm() / exact.norm()) < bound
-
-
-@pytest.mark.parametrize("classes", [2, 3])
-def test_layers_side_by_side_are_fitted_as_if_each_were_alone(classes):
-    """Of different sizes of numbers, so that a layer's weights on another's features would be far from any optimum."""
-    y = several(0, 120, 9, classes)[1]
-    xs = [several(seed, 120, 9, classes)[0] * scale for seed, scale in ((0, 1.0), (1, 100.0), (2, 0.01))]
-    weights = torch.rand(4, 120, generator=torch.Generator().manual_seed(0)).double()
-    weights[2, 50:] = 0.0
-    strengths = torch.tensor([0.01, 1.0, 10.0, 100.0])
-    labels = y.expand(4, -1).clone()
-    labels[1] = labels[1].flip(0)
-    together = logistic.fit_layers(xs, labels, weights, strengths, tolerance=1e-10)
-    assert len(together) == 3
-    for x, fits in zip(xs, together, strict=True):
-        alone = logistic.fit(x, labels, weights, strengths, tolerance=1e-10)
-        # Both within 1e-10 of the optimum: so is one of the other.
-        torch.testing.assert_close(fits.objective, alone.objective, rtol=2e-10, atol=0)
-        assert (fits.gap <= 1e-10).all()
-        torch.testing.assert_close(fits.logits(x), alone.logits(x), rtol=1e-3, atol=1e-3)
-
-
-def test_layers_of_several_shapes_are_refused():
-    x, y = problem(0, 30, 4)
-    with pytest.raises(ValueError, match=r"one shape, got \[\(30, 3\), \(30, 4\)\]"):
-        logistic.fit_layers([x, x[:, :3]], y[None], torch.ones(1, 30))
 
 
 def test_alike_rows_are_fitted_in_their_own_small_span():
@@ -373,9 +347,9 @@ def test_narrow_features_are_taken_as_they_are(dtype):
 def test_bad_input_is_refused_by_name(spoil, message):
     x, y = problem(8, 10, 2)
     # Without the shape checks that run in tests: users run without them.
-    x, *others = spoil(x, y[None], torch.ones(1, 10))
+    given = spoil(x, y[None], torch.ones(1, 10))
     with pytest.raises(ValueError, match=message):
-        inspect.unwrap(logistic.fit_layers)([x], *others)
+        inspect.unwrap(logistic.fit)(*given)
 
 
 def test_no_problem_at_all():
