@@ -4,6 +4,7 @@ What every linear kernel shares, whatever its loss; a kernel gives its loss and 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,25 @@ MARGIN = 0.8  # of the tolerance, aimed at before the certificate is drawn up
 
 L = TypeVar("L", bound=Loss)
 Certificate = tuple[Float64[Tensor, "p c e"], Float64[Tensor, " p"], Float64[Tensor, " p"]]
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Fitted problems, in raw coordinates: the standardisation is folded into `coef` and `intercept`.
+
+    Attributes:
+        coef: weight of each raw feature.
+        intercept: free term.
+        objective: value reached, of the objective in the kernel's docstring.
+        gap: upper bound of (objective - optimum) / objective, from the dual.
+        steps: of the method.
+    """
+
+    coef: Float64[Tensor, "p d"]
+    intercept: Float64[Tensor, " p"]
+    objective: Float64[Tensor, " p"]
+    gap: Float64[Tensor, " p"]
+    steps: Int64[Tensor, " p"]
 
 
 class NotConvergedError(ArithmeticError):
@@ -40,7 +60,7 @@ def reach(
 
     Args:
         features: X, shared.
-        spaces: for the preconditioners, in float32.
+        spaces: for the preconditioners.
         loss: of some problems, in a dtype.
         certify: returns the weights with the intercept put right, the objective, and the relative gap to the optimum.
         again: takes weights, which problems they are of and a goal; returns better weights and the steps taken.
@@ -53,7 +73,7 @@ def reach(
     """
     narrow = loss(torch.float32, problems)
     start = narrow.start()
-    w = start.new_zeros(*start.shape, features.width + 1)
+    w = start.new_zeros(*start.shape, features.x.shape[1] + 1)
     w[..., -1] = start
     goal = MARGIN * tolerance
     w, taken = descend(features, narrow, w, spaces, problems=problems, goal=goal, most=steps)
@@ -88,6 +108,20 @@ def check_gaps(gap: Float64[Tensor, " p"], strengths: Float64[Tensor, " p"], tol
             f"problem {worst} ended {float(gap[worst]):.1e} of its objective off the optimum, not {tolerance:.1e}: "
             f"the features may be too badly scaled, or c={float(strengths[worst]):g} too large; rescale them or lower c"
         )
+
+
+def solved(hessian: Float64[Tensor, "k k"], right: Float64[Tensor, " k"]) -> Float64[Tensor, " k"]:
+    """Solve with the least addition to the diagonal that makes a Cholesky factor: directions may be free, or alike.
+
+    The Hessian is changed. Where nothing makes it positive the answer points the right way and is short enough.
+    """
+    largest = hessian.diagonal().max()
+    for share in (1e-14, 1e-12, 1e-9, 1e-6, 1e-3):
+        hessian.diagonal().add_(share * largest)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not bool(failed):
+            return torch.cholesky_solve(right[:, None], factor)[:, 0]
+    return right / largest
 
 
 def check(x: Tensor, y: Tensor, weights: Tensor, c: Float64[Tensor, " p"]) -> None:

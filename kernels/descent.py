@@ -107,7 +107,7 @@ def descend(
         features: X, shared.
         loss: of these problems, in the dtype of `weights`.
         weights: where to start; the last one is the intercept.
-        spaces: for the preconditioners, in the dtype of `weights`.
+        spaces: for the preconditioners.
         problems: which problems of `features` these are.
         goal: share of the objective.
         most: steps.
@@ -134,7 +134,7 @@ def descend(
         return preconditioner.apply(vector.view(-1, e)).view_as(vector)
 
     gradient = gradient_at(point, weights)
-    preconditioner = Shared.of(spaces.small, loss.curvature(point).flatten(0, 1))
+    preconditioner = Shared.of(spaces.small.to(weights.dtype), loss.curvature(point).flatten(0, 1))
     history = History(weights)
     gain = torch.ones_like(weights[:, 0])
     best, lowest = torch.full_like(gain, torch.inf), torch.full_like(gain, torch.inf)
@@ -159,7 +159,7 @@ def descend(
         if step in OWN or step in OWN_LARGE:
             few = len(weights) * c * LARGE**2 <= ROOM
             space = spaces.large if step in OWN_LARGE and few else spaces.small
-            preconditioner = Own.of(space, view, loss.curvature(point).flatten(0, 1))
+            preconditioner = Own.of(space.to(weights.dtype), view, loss.curvature(point).flatten(0, 1))
             history, gain = History(weights), torch.ones_like(gain)
         passed, first = history.before(gradient)
         direction = -history.after(precondition(passed) * gain[:, None], first)

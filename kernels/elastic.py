@@ -12,13 +12,12 @@ Salmon 2018 (working sets), Ndiaye, Fercoq, Gramfort & Salmon 2017 (the dual poi
 """
 
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from gapprobe.kernels.certified import check, check_gaps
+from gapprobe.kernels.certified import Fits, check, check_gaps, solved
 from gapprobe.kernels.losses import Binary
 from gapprobe.kernels.standardised import Standardised
 
@@ -29,25 +28,6 @@ LENGTHS = 6  # of step that are tried at once
 HALVINGS = 40  # of a step
 CENTRINGS = 60  # steps that put an intercept right
 ROOM = 1 << 26  # numbers held for problems fitted side by side
-
-
-@dataclass(frozen=True)
-class ElasticFits:
-    """Fitted problems, in raw coordinates.
-
-    Attributes:
-        coef: weight of each raw feature, most of them exactly 0.
-        intercept: free term.
-        objective: value reached, of the objective in the module's docstring.
-        gap: upper bound of (objective - optimum) / objective, from the dual.
-        steps: of Newton's method.
-    """
-
-    coef: Float64[Tensor, "p d"]
-    intercept: Float64[Tensor, " p"]
-    objective: Float64[Tensor, " p"]
-    gap: Float64[Tensor, " p"]
-    steps: Int64[Tensor, " p"]
 
 
 def reference(
@@ -91,7 +71,7 @@ def fit(
     c: float | Float[Tensor, " p"] = 1.0,
     l1_ratio: float = 1.0,
     tolerance: float = 1e-6,
-) -> ElasticFits:
+) -> Fits:
     """Fit every problem to its optimum and certify it.
 
     Args:
@@ -114,7 +94,7 @@ def fit(
         raise ValueError(f"l1_ratio must be above 0 and at most 1, got {l1_ratio}: without an L1 term use `logistic`")
     none = x.new_zeros(p, dtype=torch.float64)
     if not p:
-        return ElasticFits(none.new_zeros(0, d), none, none, none, none.long())
+        return Fits(none.new_zeros(0, d), none, none, none, none.long())
     anywhere = (weights > 0).any(0)
     if not bool(anywhere.all()):  # a row that no problem uses must not reach the shared standardisation
         x, y, weights = x[anywhere], y[:, anywhere], weights[:, anywhere]
@@ -134,7 +114,7 @@ def fit(
             )
     check_gaps(gap, strengths, tolerance)
     coef, intercept = features.view(torch.arange(p, device=x.device), torch.float64).in_raw(w)
-    return ElasticFits(coef[:, 0], intercept[:, 0], objective, gap, steps)
+    return Fits(coef[:, 0], intercept[:, 0], objective, gap, steps)
 
 
 def _levels(
@@ -252,8 +232,7 @@ def _step(
     own = torch.cat([support, new])
     rows = loss.weight[0, 0] > 0
     view = features.view(problem[None], torch.float64)
-    z = features.x[:, own][rows].double()
-    z = ((z - features.centre[own]) / features.spread[own] - view.mean[0, 0, own]) * view.scaling[0, 0, own]
+    z = view.dense(rows, own)
     z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
     own = torch.cat([own, own.new_tensor([len(weights) - 1])])
 
@@ -312,7 +291,7 @@ def _quadratic(
             free |= missing > enough
         while True:
             at = torch.nonzero(free)[:, 0]
-            step = -_solved(hessian[at][:, at], (slope + l1 * sign)[at])
+            step = -solved(hessian[at][:, at], (slope + l1 * sign)[at])
             astray = (v[at] == 0) & bound[at] & (step * sign[at] <= 0)
             if not bool(astray.any()):
                 break
@@ -327,14 +306,3 @@ def _quadratic(
         best = int(gained.argmin())
         v, slope = v + ways[best], slope + bent[best]
     return v
-
-
-def _solved(hessian: Float64[Tensor, "k k"], right: Float64[Tensor, " k"]) -> Float64[Tensor, " k"]:
-    """Solve with the least addition to the diagonal that makes a Cholesky factor: features may be there twice."""
-    largest = hessian.diagonal().max()
-    for share in (1e-13, 1e-11, 1e-9, 1e-6):
-        hessian.diagonal().add_(share * largest)
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        if not bool(failed):
-            return torch.cholesky_solve(right[:, None], factor)[:, 0]
-    return right / largest

@@ -13,7 +13,7 @@ from einops import einsum, reduce
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
-from gapprobe.kernels.certified import MARGIN, check, check_gaps, reach
+from gapprobe.kernels.certified import MARGIN, check, check_gaps, reach, solved
 from gapprobe.kernels.certified import NotConvergedError as NotConvergedError
 from gapprobe.kernels.descent import descend
 from gapprobe.kernels.losses import Binary, Multinomial, Point
@@ -154,7 +154,7 @@ def fit(
             taken = [_newton(features, exact, own, i, w) for i in range(len(own))]
             return w, torch.tensor(taken, device=w.device)
         most = BRIEF if dense else MORE_STEPS
-        return descend(features, exact, w, spaces.to(torch.float64), problems=own, goal=goal, most=most)
+        return descend(features, exact, w, spaces, problems=own, goal=goal, most=most)
 
     parts = [
         reach(features, spaces, loss, certify, again, part, tolerance, STEPS)
@@ -182,7 +182,7 @@ def _newton(
     one = torch.arange(len(problems), device=weights.device) == which
     view, loss = features.view(problems[one], torch.float64), loss.keep(one)
     used = loss.weight[0, 0] > 0
-    z = ((features.x[used].double() - features.centre) / features.spread - view.mean[0]) * view.scaling[0]
+    z = view.dense(used)
     loss = loss.of_rows(used)
     w, basis, different = weights[which], None, torch.unique(z, dim=0)
     if len(different) < z.shape[1]:
@@ -208,7 +208,7 @@ def _newton(
             [torch.cat([z.T @ (between[a, b][:, None] * z) for b in range(c)], dim=1) for a in range(c)]
         )
         hessian.diagonal().add_(penalty.flatten())
-        step = _solved(hessian, gradient).view(c, e)
+        step = solved(hessian, gradient).view(c, e)
         promised = gradient @ step.flatten()
         along, size = loss.turned((step @ z.T)[None]), 1.0
         while size > 1e-12 and not value(w - size * step, turned - size * along) <= best:
@@ -223,22 +223,8 @@ def _newton(
     return taken
 
 
-def _solved(hessian: Float64[Tensor, "k k"], gradient: Float64[Tensor, " k"]) -> Float64[Tensor, " k"]:
-    """Solve with the least addition to the diagonal that makes a Cholesky factor: intercepts of a softmax are free."""
-    largest = hessian.diagonal().max()
-    for share in (1e-14, 1e-12, 1e-9, 1e-6, 1e-3):
-        hessian.diagonal().add_(share * largest)
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        if not bool(failed):
-            return torch.cholesky_solve(gradient[:, None], factor)[:, 0]
-    return torch.zeros_like(gradient)
-
-
 def certify(
-    features: Standardised,
-    loss: Binary | Multinomial,
-    weights: Float64[Tensor, "p c e"],
-    problems: Int64[Tensor, " p"],
+    features: Standardised, loss: Binary | Multinomial, weights: Float64[Tensor, "p c e"], problems: Int64[Tensor, " p"]
 ) -> tuple[Float64[Tensor, "p c e"], Float64[Tensor, " p"], Float64[Tensor, " p"]]:
     """Return the weights with the intercept put right, the objective and the relative duality gap.
 

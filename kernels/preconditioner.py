@@ -66,31 +66,25 @@ class Subspace:
 
 
 class Spaces:
-    """A subspace of X, and a larger one for problems that it does not do for; drawn when asked for."""
+    """A subspace of X, and a larger one for problems that it does not do for; drawn when asked for, in float32."""
 
-    def __init__(self, features: Standardised, problems: int, dtype: torch.dtype = torch.float32) -> None:
-        """Take the features, how many problems share them (classes count), and the precision.
+    def __init__(self, features: Standardised, problems: int) -> None:
+        """Take the features, and how many problems share them; classes count.
 
         A larger subspace saves steps, which are worth more the more a step costs.
         """
-        self._features, self._problems, self._dtype = features, problems, dtype
-
-    def to(self, dtype: torch.dtype) -> Spaces:
-        """Return the same in another precision."""
-        return Spaces(self._features, self._problems, dtype)
+        self._features, self._problems = features, problems
 
     @cached_property
     def small(self) -> Subspace:
         """Return what pays from the first step on."""
-        return self._drawn(min(RANK, max(32, math.isqrt(len(self._features.x) * self._problems))))
+        rows = len(self._features.x)
+        return Subspace.of(self._features, min(RANK, max(32, math.isqrt(rows * self._problems))))
 
     @cached_property
     def large(self) -> Subspace:
         """Return what pays for problems that take hundreds of steps."""
-        return self._drawn(LARGE)
-
-    def _drawn(self, rank: int) -> Subspace:
-        return Subspace.of(self._features, rank).to(self._dtype)
+        return Subspace.of(self._features, LARGE)
 
 
 @dataclass(frozen=True)

@@ -45,38 +45,6 @@ class Standardised:
         for block in blocks(n, d):
             self.shared[block, :d] = (x[block].double() - self.centre) / self.spread
 
-    @property
-    def width(self) -> int:
-        """Return the number of features."""
-        return self.x.shape[1]
-
-    def multiply(self, coef: Float[Tensor, "q e"], out: Float[Tensor, "q n"]) -> None:
-        """Write (x - centre) / spread . coef + intercept, the last coefficient, for every row."""
-        n = len(self.x)
-        if coef.dtype == torch.float32 and products.on_gpu(coef):
-            out.copy_(products.logits(self.shared[:, :-1], coef))
-        elif coef.dtype == torch.float32:
-            for start in range(0, n, ROWS):
-                torch.mm(coef, self.shared[start : start + ROWS].T, out=out[:, start : start + ROWS])
-        else:
-            scaled = coef[:, :-1] / self.spread
-            for block in blocks(*self.x.shape):
-                out[:, block] = scaled @ (self.x[block].double() - self.centre).T + coef[:, -1:]
-
-    def multiply_back(self, residual: Float[Tensor, "q n"], out: Float[Tensor, "q e"]) -> None:
-        """Add the transpose of `multiply` to `out`, which holds zeros."""
-        n, d = self.x.shape
-        if residual.dtype == torch.float32 and products.on_gpu(residual):
-            out.copy_(products.pull(self.shared[:, :-1], residual))
-        elif residual.dtype == torch.float32:
-            for start in range(0, n, ROWS):
-                out.addmm_(residual[:, start : start + ROWS], self.shared[start : start + ROWS])
-        else:
-            for block in blocks(n, d):
-                out[:, :-1] += residual[:, block] @ (self.x[block].double() - self.centre)
-            out[:, :-1] /= self.spread
-            out[:, -1] = residual.sum(1)
-
     def view(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> View:
         """Return the features as these problems see them."""
         group = self.group[problems]
@@ -100,17 +68,48 @@ class View:
         raw = torch.empty_like(weights)
         torch.mul(weights[..., :-1], self.scaling, out=raw[..., :-1])
         raw[..., -1] = weights[..., -1] - (raw[..., :-1] * self.mean).sum(-1)
-        out = raw.new_empty(*raw.shape[:2], len(self.of.x))
-        self.of.multiply(raw.flatten(0, 1), out.flatten(0, 1))
-        return out
+        flat = raw.flatten(0, 1)
+        n = len(self.of.x)
+        out = flat.new_empty(len(flat), n)
+        if flat.dtype == torch.float32 and products.on_gpu(flat):
+            out = products.logits(self.of.shared[:, :-1], flat)
+        elif flat.dtype == torch.float32:
+            for start in range(0, n, ROWS):
+                torch.mm(flat, self.of.shared[start : start + ROWS].T, out=out[:, start : start + ROWS])
+        else:
+            coef, free = flat[:, :-1] / self.of.spread, flat[:, -1:]
+            for block in blocks(*self.of.x.shape):
+                out[:, block] = coef @ (self.of.x[block].double() - self.of.centre).T + free
+        return out.unflatten(0, weights.shape[:2])
 
     def pull(self, residual: Float[Tensor, "p c n"]) -> Float[Tensor, "p c e"]:
         """Return sum_i r_i (z_i, 1): the transpose of `logits`."""
-        out = residual.new_zeros(*residual.shape[:2], self.of.width + 1)
-        self.of.multiply_back(residual.flatten(0, 1), out.flatten(0, 1))
+        flat = residual.flatten(0, 1)
+        n, d = self.of.x.shape
+        out = flat.new_zeros(len(flat), d + 1)
+        if flat.dtype == torch.float32 and products.on_gpu(flat):
+            out = products.pull(self.of.shared[:, :-1], flat)
+        elif flat.dtype == torch.float32:
+            for start in range(0, n, ROWS):
+                out.addmm_(flat[:, start : start + ROWS], self.of.shared[start : start + ROWS])
+        else:
+            for block in blocks(n, d):
+                out[:, :-1] += flat[:, block] @ (self.of.x[block].double() - self.of.centre)
+            out[:, :-1] /= self.of.spread
+            out[:, -1] = flat.sum(1)
+        out = out.unflatten(0, residual.shape[:2])
         out[..., :-1] -= out[..., -1:] * self.mean
         out[..., :-1] *= self.scaling
         return out
+
+    def dense(
+        self, rows: Bool[Tensor, " n"], columns: Int64[Tensor, " k"] | slice = slice(None)
+    ) -> Float64[Tensor, "m k"]:
+        """Return some rows and features as the view's only problem sees them, for methods that form a Hessian."""
+        of = self.of
+        z = of.x[rows][:, columns].double()
+        z = (z - of.centre[columns]) / of.spread[columns]
+        return (z - self.mean[0, 0, columns]) * self.scaling[0, 0, columns]
 
     def in_raw(self, weights: Float64[Tensor, "p c e"]) -> tuple[Float64[Tensor, "p c d"], Float64[Tensor, "p c"]]:
         """Return coefficients and intercept in raw coordinates: the standardisation folded in."""

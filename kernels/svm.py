@@ -7,14 +7,13 @@ float32 leaves too far from the optimum is finished by a finite Newton method, e
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from gapprobe.kernels import ridge
-from gapprobe.kernels.certified import check, check_gaps, reach
+from gapprobe.kernels.certified import Fits, check, check_gaps, reach
 from gapprobe.kernels.losses import SquaredHinge
 from gapprobe.kernels.preconditioner import Spaces
 from gapprobe.kernels.standardised import Standardised
@@ -27,32 +26,13 @@ HALVINGS = 100  # of the bracket of an intercept
 ROUNDING = 1e-18  # share of its value that an objective is to lose by a step: below it the step is rounding
 
 
-@dataclass(frozen=True)
-class SvmFits:
-    """Fitted problems, in raw coordinates.
-
-    Attributes:
-        coef: weight of each raw feature.
-        intercept: free term.
-        objective: value reached, of the objective in the module's docstring.
-        gap: upper bound of (objective - optimum) / objective.
-        steps: times that the gradient was computed.
-    """
-
-    coef: Float64[Tensor, "p d"]
-    intercept: Float64[Tensor, " p"]
-    objective: Float64[Tensor, " p"]
-    gap: Float64[Tensor, " p"]
-    steps: Int64[Tensor, " p"]
-
-
 def fit(
     x: Float[Tensor, "n d"],
     y: Bool[Tensor, "p n"],
     weights: Float[Tensor, "p n"],
     c: float | Float[Tensor, " p"] = 1.0,
     tolerance: float = 1e-6,
-) -> SvmFits:
+) -> Fits:
     """Fit every problem to its optimum and certify it.
 
     Args:
@@ -71,7 +51,7 @@ def fit(
     check(x, y, weights, strengths)
     if not p:
         none = x.new_zeros(0, dtype=torch.float64)
-        return SvmFits(none.new_zeros(0, d), none, none, none, none.long())
+        return Fits(none.new_zeros(0, d), none, none, none, none.long())
     anywhere = (weights > 0).any(0)
     if not bool(anywhere.all()):  # a row that no problem uses must not reach the shared standardisation
         x, y, weights = x[anywhere], y[:, anywhere], weights[:, anywhere]
@@ -105,7 +85,7 @@ def fit(
     ]
     coef, intercept, objective, gap, steps = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     check_gaps(gap, strengths, tolerance)
-    return SvmFits(coef[:, 0], intercept[:, 0], objective, gap, steps)
+    return Fits(coef[:, 0], intercept[:, 0], objective, gap, steps)
 
 
 def certify(
