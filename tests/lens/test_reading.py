@@ -14,6 +14,7 @@ from gapprobe import stats
 from gapprobe.errors import DataError
 from gapprobe.kernels.logit_lens import Unembedding
 from gapprobe.lens.reading import LensReading, join
+from gapprobe.models.layouts import grid
 from gapprobe.store.format import ROLES
 
 VOCABULARY = ["<b>", " a", "the", "dog", "\n", "cat"]
@@ -144,18 +145,53 @@ def test_a_heatmap_shows_words_as_text(reading):
 
 
 def test_patches_are_drawn_where_they_lie(reading):
-    boxes = np.array([[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]])
-    figure = gp.lens_over_image(reading.of("one"), PIL.Image.new("RGB", (20, 10)), boxes, VOCABULARY)
-    visible = [trace for trace in figure.data if trace.visible]
-    assert len(figure.data) == 9
-    assert len(visible) == 3
-    assert visible[1].x == (10, 20, 20, 10, 10)
-    assert visible[1].y == (0, 0, 10, 10, 0)
+    boxes = np.array([[0.5, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 1.0]])  # not in the order of reading
+    one = reading.of("one")
+    figure = gp.lens_over_image(one, PIL.Image.new("RGB", (20, 10)), boxes, VOCABULARY)
+    assert [trace.name for trace in figure.data] == ["layer 0", "layer 4", "layer 8"]
+    for i, trace in enumerate(figure.data):
+        assert trace.visible is (i == 2)
+        np.testing.assert_array_equal(trace.x, [0, 10, 20])
+        np.testing.assert_array_equal(trace.y, [0, 10])
+        np.testing.assert_allclose(np.array(trace.z, dtype=float), one.probability[i, [[1, 0]], 0])
+        assert f"layer {reading.layers[i]}, token 1" in trace.customdata[0][0]
+        assert f"layer {reading.layers[i]}, token 0" in trace.customdata[0][1]
     for i, step in enumerate(figure.layout.sliders[0].steps):
-        shown = [trace for trace, on in zip(figure.data, step.args[0]["visible"], strict=True) if on]
-        assert f"layer {reading.layers[i]}, token 0" in shown[0].text
+        assert step.args[0]["visible"] == [place == i for place in range(3)]
     with pytest.raises(DataError, match="2 image tokens and there are 3 boxes"):
-        gp.lens_over_image(reading.of("one"), PIL.Image.new("RGB", (20, 10)), np.zeros((3, 4)), VOCABULARY)
+        gp.lens_over_image(one, PIL.Image.new("RGB", (20, 10)), np.zeros((3, 4)), VOCABULARY)
+
+
+def test_tiles_of_two_sizes_gaps_and_tokens_without_a_place():
+    """As processors cut large pictures: the whole coarsely, tiles with a gap between them finely, and ends of lines."""
+    coarse = grid(2, 2)
+    left, right = grid(2, 1) * [0.25, 1, 0.25, 1], grid(2, 1) * [0.25, 1, 0.25, 1] + [0.5, 0, 0.5, 0]
+    boxes = np.concatenate([coarse, left, np.zeros((1, 4)), right])
+    n = len(boxes)
+    many = LensReading(
+        layers=(0,),
+        label="",
+        ids=("one",),
+        row=np.zeros(n, dtype=np.int64),
+        token_ids=np.zeros(n, dtype=np.int64),
+        token_positions=np.arange(n),
+        token_roles=np.full(n, ROLES["image"], dtype=np.uint8),
+        targets=np.zeros((n, 0), dtype=np.int64),
+        log_prob=np.zeros((1, n, 0), dtype=np.float32),
+        rank=np.zeros((1, n, 0), dtype=np.int64),
+        entropy=np.zeros((1, n), dtype=np.float32),
+        top_words=np.zeros((1, n, 1), dtype=np.int64),
+        top_log_prob=np.log(np.arange(1, n + 1, dtype=np.float32)[None, :, None] / n),
+        kl=None,
+    )
+    wide, fine = gp.lens_over_image(many, PIL.Image.new("RGB", (40, 20)), boxes, VOCABULARY).data
+    places = np.arange(1, n + 1) / n
+    np.testing.assert_allclose(np.array(wide.z, dtype=float), places[:4].reshape(2, 2), rtol=1e-6)
+    np.testing.assert_array_equal(fine.x, [0, 10, 20, 30])
+    drawn = np.array(fine.z, dtype=float)
+    np.testing.assert_allclose(drawn[:, 0], places[4:6], rtol=1e-6)
+    assert np.isnan(drawn[:, 1]).all()
+    np.testing.assert_allclose(drawn[:, 2], places[7:9], rtol=1e-6)
 
 
 def test_groups_of_rows_by_layer(store_of):

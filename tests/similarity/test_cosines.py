@@ -278,7 +278,7 @@ def test_the_figure_says_what_it_shows(trials):
         ({"pair": ("visual", "full_information"), "key": "image"}, DataError, "'image' image 0 stands at several rows"),
         ({"pair": ("visual", "full_information"), "key": "writer"}, DataError, "no column 'writer'"),
         ({"pair": ("visual", "full_information"), "by": "writer"}, DataError, "no column 'writer'"),
-        ({"pair": ("visual", "full_information"), "by": pd.Series({"v1": "a"})}, DataError, "by: 59 left rows have"),
+        ({"pair": ("visual", "full_information"), "by": pd.Series({"v1": "a"})}, DataError, "by: 59 rows have"),
         (
             {"pair": ("visual", "full_information"), "clusters": pd.Series(["a", "b"], index=["v1", "v1"])},
             DataError,

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 
-from gapprobe.errors import ConfigError, DataError
+from gapprobe import drawing
+from gapprobe.errors import DataError
 from gapprobe.lens.reading import LensReading
 from gapprobe.store.format import ROLES
 
@@ -29,8 +30,8 @@ SHOWN = 10  # words on hover
 WIDE, CELL = 400, 46  # most tokens whose words stand in the figure, and the pixels of one
 LONGEST = 8  # characters of a word in a cell; hover shows all
 _SCALE = "Blues"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_OVER = [[0.0, "rgba(230,159,0,0)"], [1.0, "rgba(230,159,0,0.8)"]]  # orange: black words are read on it
+MANY = 400  # patches of one size whose words still stand in the picture
 
 
 def heatmap(reading: LensReading, words: Model | Sequence[str] | None = None) -> go.Figure:
@@ -46,9 +47,9 @@ def heatmap(reading: LensReading, words: Model | Sequence[str] | None = None) ->
         DataError: the reading is of several rows, of none, or has neither targets nor top words.
         ConfigError: plotly is not installed.
     """
-    go = _plotly()
-    value, named, told = _cells(reading, _spoken(words))
+    go = drawing.plotly()
     spoken = _spoken(words)
+    value, named, told = _cells(reading, spoken)
     names = [f"{i}: {html.escape(spoken(int(token)))}" for i, token in enumerate(reading.token_ids)]
     figure = go.Figure(
         go.Heatmap(
@@ -90,7 +91,7 @@ def lens_over_image(
         DataError: the reading is not of one row, or has another number of image tokens than there are boxes.
         ConfigError: plotly is not installed.
     """
-    go = _plotly()
+    go = drawing.plotly()
     patches = np.flatnonzero(reading.token_roles == ROLES["image"])
     if len(patches) != len(boxes):
         raise DataError(
@@ -98,46 +99,35 @@ def lens_over_image(
         )
     value, named, told = _cells(reading, _spoken(words))
     width, height = image.size
-    placed = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
-    # Coarse tiles first: what lies on top is what the pointer finds.
-    placed = placed[np.argsort(-((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))[placed], kind="stable")]
+    grids = _grids(boxes * np.array([width, height, width, height]))
     figure = go.Figure()
-    each = len(placed) + 1
     for i, layer in enumerate(reading.layers):
-        shown = i == len(reading.layers) - 1
-        for k in placed:
-            left, top, right, bottom = boxes[k] * np.array([width, height, width, height])
-            sure = value[i, patches[k]]
-            figure.add_scatter(
-                x=[left, right, right, left, left],
-                y=[top, top, bottom, bottom, top],
-                mode="lines",
-                fill="toself",
-                fillcolor=f"rgba(230,159,0,{0.0 if np.isnan(sure) else 0.75 * sure:.3f})",
-                line={"color": "rgba(255,255,255,0.6)", "width": 1},
-                text=told[i, patches[k]],
-                hoverinfo="text",
-                hoveron="fills",
-                visible=shown,
-                showlegend=False,
+        for patch, across, down in grids:
+            tokens = patches[patch]
+            figure.add_heatmap(
+                x=across,
+                y=down,
+                z=np.where(patch >= 0, value[i, tokens], np.nan),
+                text=np.where(patch >= 0, named[i, tokens], ""),
+                texttemplate="%{text}" if patch.size <= MANY else None,
+                textfont={"size": 12, "color": "#111111"},
+                customdata=np.where(patch >= 0, told[i, tokens], ""),
+                hovertemplate="%{customdata}<extra></extra>",
+                hoverongaps=False,
+                colorscale=_OVER,
+                zmin=0,
+                zmax=1,
+                xgap=1,
+                ygap=1,
+                showscale=False,
+                name=f"layer {layer}",
+                visible=i == len(reading.layers) - 1,
             )
-        middle = (boxes[placed, :2] + boxes[placed, 2:]) / 2 * np.array([width, height])
-        figure.add_scatter(
-            x=middle[:, 0],
-            y=middle[:, 1],
-            mode="text",
-            text=[named[i, patches[k]] for k in placed],
-            textfont={"size": 12, "color": "#111111"},
-            hoverinfo="skip",
-            visible=shown,
-            showlegend=False,
-            name=f"layer {layer}",
-        )
     steps = [
         {
             "label": str(layer),
             "method": "update",
-            "args": [{"visible": [place // each == i for place in range(each * len(reading.layers))]}],
+            "args": [{"visible": [place // len(grids) == i for place in range(len(figure.data))]}],
         }
         for i, layer in enumerate(reading.layers)
     ]
@@ -162,30 +152,12 @@ def by_layer(table: pd.DataFrame, title: str = "") -> go.Figure:
     Raises:
         ConfigError: plotly is not installed.
     """
-    go = _plotly()
+    go = drawing.plotly()
     figure = go.Figure()
     for i, (group, line) in enumerate(table.groupby("group", sort=False)):
-        line = line.sort_values("layer")
-        colour = _COLOURS[i % len(_COLOURS)]
-        figure.add_scatter(
-            x=[*line["layer"], *line["layer"][::-1]],
-            y=[*line["ci_low"], *line["ci_high"][::-1]],
-            mode="lines",
-            fill="toself",
-            fillcolor=colour,
-            opacity=0.18,
-            line={"width": 0},
-            hoverinfo="skip",
-            showlegend=False,
-        )
-        figure.add_scatter(
-            x=line["layer"],
-            y=line["probability"],
-            name=f"{html.escape(str(group))} (n = {int(line['n'].max())})",
-            mode="lines+markers",
-            line={"color": colour, "dash": _DASHES[i % len(_DASHES)]},
-            customdata=line[["ci_low", "ci_high"]],
-            hovertemplate="%{y:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]",
+        name = f"{group} (n = {line['n'].max():,})"
+        drawing.line_with_band(
+            figure, line.sort_values("layer"), "layer", "probability", name=name, style=drawing.look(i)
         )
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(title_text="probability of the target", rangemode="tozero")
@@ -193,14 +165,6 @@ def by_layer(table: pd.DataFrame, title: str = "") -> go.Figure:
     head = {"text": html.escape(title), "x": 0.5}
     figure.update_layout(template="plotly_white", hovermode="x unified", legend=legend, title=head)
     return figure
-
-
-def _plotly() -> Any:
-    try:
-        import plotly.graph_objects as go
-    except ImportError as error:
-        raise ConfigError("plotting needs plotly: pip install 'gapprobe[report]'") from error
-    return go
 
 
 def _meaning(reading: LensReading) -> str:
@@ -255,6 +219,38 @@ def _cells(
                 lines.append(f"KL(final || layer) {reading.kl[i, t]:.3f} nats")
             told[i, t] = "<br>".join(lines)
     return value, named, told
+
+
+def _grids(
+    boxes: Float[np.ndarray, "k 4"],
+) -> list[tuple[Int64[np.ndarray, "r c"], Float[np.ndarray, " c_1"], Float[np.ndarray, " r_1"]]]:
+    """Lay boxes of one size out as a grid: the box in each of its cells, -1 for none, and the cells' edges.
+
+    Coarse ones come first: what lies on top is what the pointer finds. Boxes without area have no cell.
+    """
+    sizes = np.round(boxes[:, 2:] - boxes[:, :2], 3)
+    kinds = np.unique(sizes[(sizes > 0).all(1)], axis=0)
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for size in sorted(kinds.tolist(), key=lambda size: -size[0] * size[1]):
+        own = np.flatnonzero((sizes == size).all(1))
+        starts, places = zip(*(_cells_along(boxes[own, axis], size[axis]) for axis in (0, 1)), strict=True)
+        cells = np.full((len(starts[1]) - 1, len(starts[0]) - 1), -1)
+        cells[places[1], places[0]] = own
+        found.append((cells, starts[0], starts[1]))
+    return found
+
+
+def _cells_along(
+    starts: Float[np.ndarray, " k"], size: float
+) -> tuple[Float[np.ndarray, " c_1"], Int64[np.ndarray, " k"]]:
+    """Return the edges of cells along one axis, and the cell of each box; a gap between boxes is a cell of its own."""
+    at = np.unique(np.round(starts, 2))
+    edges = [at[0]]
+    for start in at:
+        if start - edges[-1] > size / 2:
+            edges.append(start)
+        edges.append(start + size)
+    return np.array(edges), np.searchsorted(edges, starts + size / 4) - 1
 
 
 def _best(reading: LensReading, layer: int, token: int) -> list[tuple[int, float]]:

@@ -21,7 +21,6 @@ from gapprobe.files import as_output_error, write_bytes
 from gapprobe.probes.base import Probe
 from gapprobe.probes.coefficients import Stored
 from gapprobe.probes.plan import HeldOut
-from gapprobe.store.reader import Store
 
 Which = tuple[str, str, int]  # target, split and seed
 PARTS = ("scores", "shuffled", "inner_auc")
@@ -29,18 +28,12 @@ LAYOUT = 2  # of the files; another layout is another name
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def content_of(store: Store) -> str:
-    """Return a hash of a store's header and shards: activations of one model and shape need not be the same ones."""
-    shards = sorted(record.shard_xxh128 for record in store.records)
-    return xxhash.xxh3_128("".join((store.header.fingerprint, *shards)).encode()).hexdigest()
-
-
 class Kept:
     """A folder of fitted layers.
 
     Attributes:
         folder: where.
-        store: what tells apart the residuals that were fitted; see `content_of`.
+        store: what tells apart the residuals that were fitted; see `Store.content`.
     """
 
     def __init__(self, folder: Path, store: str) -> None:

@@ -5,18 +5,7 @@ import pandas as pd
 from jaxtyping import Bool
 
 from gapprobe.errors import DataError
-
-
-def column_of(table: pd.DataFrame, name: str, what: str = "") -> pd.Series:
-    """Return a column of a store's table; `what` says what it was wanted for.
-
-    Raises:
-        DataError: there is none of that name.
-    """
-    if name not in table:
-        told = f"{what}: " if what else ""
-        raise DataError(f"{told}the store's table has no column {name!r}; it has {', '.join(map(str, table.columns))}")
-    return table[name]
+from gapprobe.store.columns import column_of
 
 
 def target_of(table: pd.DataFrame, target: pd.Series | str) -> pd.Series:

@@ -13,8 +13,8 @@ from torch import Tensor
 from gapprobe.errors import DataError
 from gapprobe.probes.base import Probe, reads
 from gapprobe.probes.controls import projected
-from gapprobe.probes.labels import column_of
 from gapprobe.probes.tokens import Position, Tokens
+from gapprobe.store.columns import aligned
 from gapprobe.store.reader import Store
 
 Features = Float[Tensor, "n _"] | Tokens
@@ -86,13 +86,7 @@ def contrasts(table: pd.DataFrame, given: pd.Series | str, ids: Sequence[str]) -
         DataError: a row without contrast, a contrast that the store lacks, or one that is probed itself: a pair would
             then be counted twice, and could stand on both sides of a split.
     """
-    column = column_of(table, given, "contrast") if isinstance(given, str) else given
-    if not column.index.is_unique:
-        raise DataError("contrast: an id stands twice in its index; give one contrast a row")
-    aligned = column.reindex(list(ids))
-    found = tuple(str(i) for i in aligned)
-    if missing := [own for own, absent in zip(ids, aligned.isna(), strict=True) if absent]:
-        raise DataError(f"contrast: {len(missing)} rows have none, such as {missing[0]}; give every row one")
+    found = tuple(str(i) for i in aligned(table, given, ids, "contrast"))
     stored, probed = set(table.index.astype(str)), set(ids)
     if lost := [i for i in found if i not in stored]:
         raise DataError(f"contrast: the store lacks {len(lost)} of its rows, such as {lost[0]}; give ids of the store")

@@ -21,8 +21,8 @@ from gapprobe.files import free_memory
 from gapprobe.probes.base import Probe, find_probe
 from gapprobe.probes.controls import question_scores, shuffled_targets
 from gapprobe.probes.fitting import Read, Source, View, fit_all
-from gapprobe.probes.kept import Kept, Which, content_of
-from gapprobe.probes.labels import binary, column_of, target_of
+from gapprobe.probes.kept import Kept, Which
+from gapprobe.probes.labels import binary, target_of
 from gapprobe.probes.plan import Problems, choose
 from gapprobe.probes.reading import Reading, contrasts
 from gapprobe.probes.result import Cell, Key, ProbeSweep
@@ -30,6 +30,7 @@ from gapprobe.probes.room import Need
 from gapprobe.probes.splits import NestedFolds, joint_folds, nested_folds
 from gapprobe.probes.tables import areas_by_layer, areas_by_strength
 from gapprobe.probes.verdict import judge
+from gapprobe.store.columns import Column, aligned
 from gapprobe.store.reader import Store
 
 Control = Literal["shuffled", "question_only", "layer_0", "random_projection", "random_model"]
@@ -168,15 +169,8 @@ def sweep_probes(
         opposite = None if beside is None else _random_ids(store, random_model, beside, random_rows, chosen)
         random = _source(random_model, Reading(random_model, positions, there, opposite), there, opposite, folder)
 
-    def column(given: pd.Series | str, name: str) -> np.ndarray:
-        given = column_of(table, given, name) if isinstance(given, str) else given
-        if not given.index.is_unique:
-            raise DataError(f"{name}: an id stands twice in its index; give one value a row")
-        aligned = given.reindex(named.index)
-        missing = [str(i) for i, absent in zip(aligned.index, aligned.isna(), strict=True) if absent]
-        if missing:
-            raise DataError(f"{name}: {len(missing)} rows have none, such as {missing[0]}; give every row one")
-        return aligned.to_numpy(dtype=str)
+    def column(given: Column, name: str) -> np.ndarray:
+        return aligned(table, given, ids, name).to_numpy(dtype=str)
 
     pair = clusters if isinstance(clusters, tuple) else (clusters, None)
     own, one = np.array(ids), np.zeros(len(ids), dtype=np.int64)
@@ -325,7 +319,7 @@ def sweep_layers(
 def _source(
     store: Store, reading: Reading, ids: Sequence[str], contrast: Sequence[str] | None, folder: str | Path | None
 ) -> Source:
-    content = content_of(store) if contrast is None else f"{content_of(store)} {tuple(contrast)}"
+    content = store.content if contrast is None else f"{store.content} {tuple(contrast)}"
     return Source(reading, ids, None if folder is None else Kept(Path(folder), content))
 
 

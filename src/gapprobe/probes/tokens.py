@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gapprobe.errors import DataError, StoreError
-from gapprobe.store.format import ROLES, layer_name, shard_name
+from gapprobe.store.format import ROLES, layer_name
 from gapprobe.store.gather import Part
 from gapprobe.store.memory import enough_memory, fresh
 from gapprobe.store.reader import Store
-from gapprobe.store.shard import Shard, open_shard
+from gapprobe.store.shard import Shard
 
 Pool = Literal["mean", "max", "last"]
 Index = slice | Int64[Tensor, " k"] | Bool[Tensor, " n"]
@@ -135,7 +134,7 @@ class Position:
                 f"Or give a role ({', '.join(ROLES)}), all, or mean(...), max(...) or last(...) of one of these"
             )
         self.ids = store.ids if rows is None else tuple(rows)
-        self.parts = _parts(store, self.ids)
+        self.parts = [_in_order(part) for part in store.parts(self.ids)]
         self.lengths = np.zeros(len(self.ids), np.int64)
         for part in self.parts:
             _, first, stop = self._bounds(part)
@@ -222,20 +221,10 @@ def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
 
 
-def _parts(store: Store, ids: tuple[str, ...]) -> list[Part]:
-    """Return which rows of which shards are asked for, in the order in which they lie on the disk."""
-    numbers = pd.Index(store.ids).get_indexer(pd.Index(ids))
-    if missing := np.flatnonzero(numbers < 0).tolist():
-        raise StoreError(f"{store.path} has no row {ids[missing[0]]!r:.80} ({len(missing)} of {len(ids)} are missing)")
-    base = np.cumsum([0] + [record.rows for record in store.records], dtype=np.int64)
-    at = np.searchsorted(base, numbers, side="right") - 1
-    return [
-        Part(open_shard(store.path / shard_name(record.shard), store.header, record), int(base[i]), rows, here)
-        for i in np.unique(at).tolist()
-        for record, own in [(store.records[i], np.flatnonzero(at == i))]
-        for here in [own[np.argsort(numbers[own], kind="stable")]]
-        for rows in [numbers[here] - base[i]]
-    ]
+def _in_order(part: Part) -> Part:
+    """Return the rows of a shard in the order in which they lie on the disk."""
+    order = np.argsort(part.rows, kind="stable")
+    return replace(part, rows=part.rows[order], places=part.places[order])
 
 
 def read_position(

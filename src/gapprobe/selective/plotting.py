@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import html
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from gapprobe.errors import ConfigError
+from gapprobe import drawing
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-# Okabe and Ito's colours; methods differ by dash as well.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 def drawn(curves: pd.DataFrame, reliability: pd.DataFrame) -> go.Figure:
@@ -23,36 +18,14 @@ def drawn(curves: pd.DataFrame, reliability: pd.DataFrame) -> go.Figure:
     Raises:
         ConfigError: plotly is not installed.
     """
-    try:
-        from plotly.subplots import make_subplots
-    except ImportError as error:
-        raise ConfigError("plotting needs plotly: pip install 'gapprobe[report]'") from error
     titles = ["Risk over coverage", *(["Reliability"] if len(reliability) else [])]
-    figure = make_subplots(rows=1, cols=len(titles), subplot_titles=titles, horizontal_spacing=0.12)
+    figure = drawing.plotly("subplots").make_subplots(
+        rows=1, cols=len(titles), subplot_titles=titles, horizontal_spacing=0.12
+    )
     for i, (method, line) in enumerate(curves.groupby("method", sort=False)):
-        color, name = _COLOURS[i % len(_COLOURS)], html.escape(str(method))
-        style = {"color": color, "dash": _DASHES[i % len(_DASHES)]}
-        figure.add_scatter(
-            x=[*line["coverage"], *line["coverage"][::-1]],
-            y=[*line["ci_low"], *line["ci_high"][::-1]],
-            **{"mode": "lines", "fill": "toself", "fillcolor": color, "opacity": 0.18, "line": {"width": 0}},
-            hoverinfo="skip",
-            legendgroup=name,
-            showlegend=False,
-            row=1,
-            col=1,
-        )
-        figure.add_scatter(
-            x=line["coverage"],
-            y=line["risk"],
-            name=name,
-            legendgroup=name,
-            mode="lines",
-            line=style,
-            customdata=line[["ci_low", "ci_high"]],
-            hovertemplate="%{y:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]",
-            row=1,
-            col=1,
+        style = drawing.look(i)
+        drawing.line_with_band(
+            figure, line, "coverage", "risk", name=str(method), style=style, markers=False, at=(1, 1)
         )
         points = reliability[reliability["method"] == method]
         if len(points):
@@ -65,8 +38,8 @@ def drawn(curves: pd.DataFrame, reliability: pd.DataFrame) -> go.Figure:
                     "array": points["ci_high"] - points["accuracy"],
                     "arrayminus": points["accuracy"] - points["ci_low"],
                 },
-                name=name,
-                legendgroup=name,
+                name=figure.data[-1].name,
+                legendgroup=figure.data[-1].legendgroup,
                 showlegend=False,
                 mode="lines+markers",
                 line=style,
@@ -78,7 +51,7 @@ def drawn(curves: pd.DataFrame, reliability: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="coverage (share answered)", range=[0, 1], row=1, col=1)
     figure.update_yaxes(title_text="risk (share wrong among the answered)", rangemode="tozero", row=1, col=1)
     if len(reliability):
-        grey = {"color": "#7F7F7F", "width": 1}
+        grey = {"color": drawing.GREY, "width": 1}
         ends = {"x": [0, 1], "y": [0, 1], "mode": "lines", "line": grey, "hoverinfo": "skip", "showlegend": False}
         figure.add_scatter(**ends, row=1, col=2)
         figure.update_xaxes(title_text="probability of being right, mean of the bin", range=[0, 1], row=1, col=2)

@@ -16,7 +16,8 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 from tqdm import tqdm
 
-from gapprobe.errors import ConfigError, DataError
+from gapprobe import drawing
+from gapprobe.errors import DataError
 from gapprobe.kernels.cka import gram, hsic, hsic_of_each
 from gapprobe.similarity.pairing import listed, same_ids
 from gapprobe.similarity.rows import Side
@@ -52,10 +53,7 @@ class CkaResult:
         Raises:
             ConfigError: plotly is not installed.
         """
-        try:
-            import plotly.graph_objects as go
-        except ImportError as error:
-            raise ConfigError("plotting needs plotly: pip install 'gapprobe[report]'") from error
+        go = drawing.plotly()
         figure = go.Figure(
             go.Heatmap(
                 z=self.table.to_numpy(),

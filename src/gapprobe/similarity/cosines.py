@@ -27,9 +27,10 @@ from gapprobe.errors import DataError, StoreError
 from gapprobe.files import write_bytes
 from gapprobe.kernels.cosine import apart, paired
 from gapprobe.similarity import rows
-from gapprobe.similarity.pairing import Column, Pairs, aligned, by_key, listed, same_ids
+from gapprobe.similarity.pairing import Pairs, by_key, listed, same_ids
 from gapprobe.similarity.result import VARIANTS, CosineResult
 from gapprobe.similarity.rows import Side
+from gapprobe.store.columns import Column, aligned
 from gapprobe.store.moments import combine
 from gapprobe.store.progress import Bar
 from gapprobe.store.reader import Store
@@ -124,11 +125,11 @@ def cosine(
     positions = (position,) if isinstance(position, str) else tuple(position)
     _refuse(sides, chosen, positions)
     n = len(pairs.left)
-    groups = np.full(n, "all") if by is None else aligned(store, by, pairs, "by")
+    groups = np.full(n, "all") if by is None else _aligned(store, by, pairs, "by")
     kinds = clusters if isinstance(clusters, tuple) else (clusters, None)
     own, one = np.arange(n), np.zeros(n, np.int64)
     codes = [
-        default if kind is None else aligned(store, kind, pairs, "clusters")
+        default if kind is None else _aligned(store, kind, pairs, "clusters")
         for kind, default in zip(kinds, (own, one), strict=True)
     ]
     found, level = _all_layers(sides, chosen, positions, folder, jobs, progress)
@@ -144,6 +145,10 @@ def cosine(
         lonely=pairs.lonely,
         table=table,
     )
+
+
+def _aligned(store: Store, given: Column, pairs: Pairs, what: str) -> Shaped[np.ndarray, " n"]:
+    return aligned(store.rows, given, pairs.left, what).to_numpy(dtype=str)
 
 
 def _refuse(sides: _Sides, layers: Sequence[int], positions: Sequence[str]) -> None:
@@ -224,8 +229,7 @@ def _mark(sides: _Sides) -> str:
     """Return a hash of all that the numbers of a layer depend on."""
     hashed = xxhash.xxh3_128(repr((_LAYOUT, version("gapprobe"), sides.pairs.left, sides.pairs.right)).encode())
     for store in sides.stores:
-        shards = sorted(record.shard_xxh128 for record in store.records)
-        hashed.update("".join((store.header.fingerprint, *shards)).encode())
+        hashed.update(store.content.encode())
     return hashed.hexdigest()
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
-from jaxtyping import Shaped
 
 from gapprobe.errors import DataError, StoreError
+from gapprobe.store.columns import column_of
 from gapprobe.store.reader import Store
 
-Column = pd.Series | str
 # What tells the trials of a study apart, where no key is given.
 KEYS = (("trial",), ("question", "image"))
 
@@ -95,39 +93,6 @@ def _keyed(store: Store, names: Sequence[str], setting: str, value: str) -> pd.S
             "add columns to the pair `key` until each row has its own"
         )
     return pd.Series(rows.index.to_numpy(dtype=object), index=keys)
-
-
-def column_of(table: pd.DataFrame, name: str) -> pd.Series:
-    """Return a column of a store's table.
-
-    Raises:
-        DataError: there is none of that name.
-    """
-    if name not in table:
-        raise DataError(f"the store's table has no column {name!r}; it has {', '.join(map(str, table.columns))}")
-    return table[name]
-
-
-def aligned(store: Store, given: Column, pairs: Pairs, what: str) -> Shaped[np.ndarray, " n"]:
-    """Return the value of each pair's left row, as text.
-
-    Args:
-        store: of the left rows.
-        given: a column of its table, or a series by row id.
-        pairs: rows.
-        what: named in errors.
-
-    Raises:
-        DataError: a row has no value, or an id stands twice.
-    """
-    values = column_of(store.rows, given) if isinstance(given, str) else given
-    if not values.index.is_unique:
-        raise DataError(f"{what}: an id stands twice in its index; give one value a row")
-    found = values.reindex(list(pairs.left))
-    missing = [id_ for id_, absent in zip(pairs.left, found.isna(), strict=True) if absent]
-    if missing:
-        raise DataError(f"{what}: {len(missing)} left rows have none, such as {missing[0]!r}; give every one a value")
-    return found.to_numpy(dtype=str)
 
 
 def _told(names: Sequence[str]) -> str:

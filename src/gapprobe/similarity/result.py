@@ -13,7 +13,8 @@ from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from gapprobe.errors import ConfigError, DataError
+from gapprobe import drawing
+from gapprobe.errors import DataError
 from gapprobe.files import write_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ VARIANTS = {
     "standardised": "standardised: and over each dimension's deviation",
 }
 _FORMAT = "gapprobe.cosine"
-_CLEAR = 0.18
 
 
 @dataclass(frozen=True)
@@ -108,48 +108,20 @@ def load_cosine(path: str | Path) -> CosineResult:
 
 
 def _drawn(table: pd.DataFrame, positions: tuple[str, ...]) -> go.Figure:
-    try:
-        from plotly.colors import qualitative
-        from plotly.subplots import make_subplots
-    except ImportError as error:
-        raise ConfigError("plotting needs plotly: pip install 'gapprobe[report]'") from error
     several = len(positions) > 1
     titles = [f"{title}{f', {position}' if several else ''}" for position in positions for title in VARIANTS.values()]
-    figure = make_subplots(
+    figure = drawing.plotly("subplots").make_subplots(
         rows=len(positions), cols=len(VARIANTS), subplot_titles=titles, shared_xaxes=True, horizontal_spacing=0.05
     )
     groups = list(dict.fromkeys(table["group"]))
     for (position, group, variant), line in table.groupby(["position", "group", "variant"], sort=False):
         line = line.sort_values("layer")
-        at = {"row": positions.index(str(position)) + 1, "col": list(VARIANTS).index(str(variant)) + 1}
-        first = at == {"row": 1, "col": 1}
-        color = qualitative.Safe[groups.index(group) % len(qualitative.Safe)]
+        row, col = positions.index(str(position)) + 1, list(VARIANTS).index(str(variant)) + 1
+        first = (row, col) == (1, 1)
         name = f"{group} (n = {line['n'].max():,})" if first else str(group)
-        known = line.dropna(subset=["ci_low", "ci_high"])
-        figure.add_scatter(
-            x=[*known["layer"], *known["layer"][::-1]],
-            y=[*known["ci_low"], *known["ci_high"][::-1]],
-            fill="toself",
-            fillcolor=color,
-            opacity=_CLEAR,
-            mode="lines",
-            line={"width": 0},
-            hoverinfo="skip",
-            legendgroup=str(group),
-            showlegend=False,
-            **at,
-        )
-        figure.add_scatter(
-            x=line["layer"],
-            y=line["mean"],
-            name=name,
-            legendgroup=str(group),
-            showlegend=first,
-            mode="lines+markers",
-            line={"color": color},
-            customdata=line[["ci_low", "ci_high", "n"]],
-            hovertemplate="%{y:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}], n = %{customdata[2]}",
-            **at,
+        style = drawing.look(groups.index(group))
+        drawing.line_with_band(
+            figure, line, "layer", "mean", name=name, style=style, group=str(group), legend=first, at=(row, col)
         )
         if group == groups[0]:
             figure.add_scatter(
@@ -159,9 +131,10 @@ def _drawn(table: pd.DataFrame, positions: tuple[str, ...]) -> go.Figure:
                 legendgroup="unrelated",
                 showlegend=first,
                 mode="lines",
-                line={"color": "#7F7F7F", "dash": "dot"},
+                line={"color": drawing.GREY, "dash": "dot"},
                 hovertemplate="%{y:.3f}",
-                **at,
+                row=row,
+                col=col,
             )
     figure.update_xaxes(title_text="layer", row=len(positions))
     figure.update_yaxes(title_text="mean cosine, 95 % interval", col=1)

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
+import xxhash
 from jaxtyping import Int64, Shaped, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
@@ -150,6 +151,15 @@ class Store:
         """Return the ids of all rows, in the order of sealing."""
         return tuple(self.table.column(ID).to_pylist())
 
+    @property
+    def content(self) -> str:
+        """Return a hash of header and shards: what was computed of a store is known by it.
+
+        The header alone would not do: activations of one model and shape need not be the same ones.
+        """
+        shards = sorted(record.shard_xxh128 for record in self.records)
+        return xxhash.xxh3_128("".join((self.header.fingerprint, *shards)).encode()).hexdigest()
+
     def refresh(self) -> int:
         """Look for shards that were sealed since, or that a repair or compaction replaced; return how many rows more.
 
@@ -191,7 +201,7 @@ class Store:
                 several; or a file is damaged.
         """
         index = self.header.layer_index(layer, self.path)
-        parts = self._parts(rows)
+        parts = self.parts(rows)
         if position is None:
             jobs = token_jobs(parts, [layer_name(layer)])
         else:
@@ -219,7 +229,7 @@ class Store:
         Raises:
             StoreError: as `layer` does.
         """
-        index, parts = self.header.layer_index(layer, self.path), self._parts(rows)
+        index, parts = self.header.layer_index(layer, self.path), self.parts(rows)
         self._refuse_unmarked(parts, position)
         jobs = position_jobs(parts, index, layer_name(layer), self.header.position_index(position, self.path))
         found: list[MappedRows] = []
@@ -250,7 +260,7 @@ class Store:
         for layer in chosen:
             self.header.layer_index(layer, self.path)
         rows = rows if rows is None else [rows] if isinstance(rows, str) else list(rows)
-        parts = self._parts(rows)
+        parts = self.parts(rows)
         jobs = token_jobs(parts, [layer_name(layer) for layer in chosen], group)
         total = sum(len(job.lines) for job in jobs)
         residual = fresh((len(chosen), total, self.header.width), self.header.torch_dtype)
@@ -274,7 +284,7 @@ class Store:
         Raises:
             StoreError: there is no such row, or a file is damaged.
         """
-        (part,) = self._parts([id])
+        (part,) = self.parts([id])
         (columns,) = plain_rows(self.table.slice(self._number_of[id], 1), self.path)
         return shard_row(part.shard, self.header, int(part.rows[0]), columns)
 
@@ -361,8 +371,15 @@ class Store:
         """Number of each shard's first row."""
         return np.cumsum([0] + [record.rows for record in self.records], dtype=np.int64)
 
-    def _parts(self, rows: Iterable[str] | None) -> list[Part]:
-        """Return which rows of which shards are asked for, shard by shard."""
+    def parts(self, rows: Iterable[str] | None = None) -> list[Part]:
+        """Return which rows of which shards are asked for, shard by shard.
+
+        Args:
+            rows: ids, in the order wanted; all rows in the order of sealing by default.
+
+        Raises:
+            StoreError: a row is not in the store.
+        """
         if rows is None:
             return [
                 Part(self._shard(record), base, np.arange(record.rows), np.arange(record.rows) + base)
