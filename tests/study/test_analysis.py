@@ -10,6 +10,7 @@ import torch
 from gapprobe.demo import FOLDER
 from gapprobe.study import analysis
 from gapprobe.study.config import ProbeConfig, StudyConfig, load_config
+from gapprobe.study.selecting import measure_selective
 
 LAYERS = 3
 
@@ -81,7 +82,7 @@ def test_a_study_without_two_outcomes_says_why_there_is_no_probe(
     assert words in result["why_not"]
     assert result["image"]["auc"] == [None] * LAYERS
     assert result["scores"] is None
-    left_out = analysis.selective(store, table, None, config())
+    left_out = measure_selective(store, table, None, None, config())
     assert left_out["why_not"]
     assert left_out["probe"]["risk"] is None
 

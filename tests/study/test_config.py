@@ -2,7 +2,7 @@ import pytest
 
 from gapprobe.demo import FOLDER
 from gapprobe.errors import ConfigError
-from gapprobe.study.config import StudyConfig, load_config
+from gapprobe.study.config import StudyConfig, load_config, load_configs
 
 MINIMAL = 'name = "n"\nmodel = "m"\nimages = "i"\nquestions = "q.csv"\nprompts = "p.toml"\n'
 
@@ -32,6 +32,9 @@ def test_paths_are_read_from_the_folder_of_the_file_and_ids_stay_ids(tmp_path) -
         ("[probe]\nfold = 3", r"probe\.fold is not a setting; the settings are c, "),
         ('[probe]\nsplits = ["digit"]', r"probe\.splits\.0"),
         ('seed = "one"', "seed"),
+        ("[samples]\ncount = 1", r"samples\.count: .*greater than or equal to 2"),
+        ("[samples]\nheat = 1", r"samples\.heat is not a setting; the settings are count, temperature"),
+        ("[choices]\noptions = 1", r"choices\.options"),
     ],
 )
 def test_a_bad_setting_is_named_with_what_is_wrong(tmp_path, line: str, message: str) -> None:
@@ -70,3 +73,47 @@ def test_a_name_that_leads_out_of_the_output_folder_is_refused(tmp_path, name: s
     (tmp_path / "c.toml").write_text(MINIMAL.replace('name = "n"', f'name = "{name}"'))
     with pytest.raises(ConfigError, match="name: String should match pattern"):
         load_config(tmp_path / "c.toml")
+
+
+SETS = """
+name = "n"
+model = "m"
+prompts = "p.toml"
+seed = 3
+[data.birds]
+images = "birds"
+questions = "birds.csv"
+[data.cars]
+images = "cars"
+questions = "cars.csv"
+seed = 4
+"""
+
+
+def test_a_file_with_several_data_sets_is_as_many_studies(tmp_path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(SETS)
+    birds, cars = load_configs(path)
+    assert (birds.name, birds.images, birds.seed) == ("n-birds", "birds", 3)
+    assert (cars.name, cars.images, cars.seed) == ("n-cars", "cars", 4)
+    assert load_configs(path, ["cars"]) == [cars]
+    with pytest.raises(ConfigError, match="several data sets"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"no \[data\.boats\]; it has birds, cars"):
+        load_configs(path, ["boats"])
+    path.write_text(SETS + 'model = "other"\n')
+    with pytest.raises(ConfigError, match=r"data\.cars\.model is one for all data sets"):
+        load_configs(path)
+    path.write_text(SETS.replace('questions = "cars.csv"', ""))
+    with pytest.raises(ConfigError, match="questions: Field required"):
+        load_configs(path)
+    path.write_text('data = 3\nname = "n"\n')
+    with pytest.raises(ConfigError, match="data must be tables"):
+        load_configs(path)
+
+
+def test_a_file_of_one_data_set_has_none_to_choose(tmp_path) -> None:
+    (tmp_path / "c.toml").write_text(MINIMAL)
+    assert load_configs(tmp_path / "c.toml") == [load_config(tmp_path / "c.toml")]
+    with pytest.raises(ConfigError, match="has no tables"):
+        load_configs(tmp_path / "c.toml", ["cars"])

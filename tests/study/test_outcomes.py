@@ -1,12 +1,13 @@
 import io
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
 
-from gapprobe.study.gap import measure_gap
-from gapprobe.study.outcomes import counted, judge_trials, runnable
+from gapprobe.study.gap import mcnemar, measure_gap
+from gapprobe.study.outcomes import by_judge, counted, judge_trials, runnable
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageFile, ImageSet
 from gapprobe.tasks.prompts import PromptTemplate
@@ -43,7 +44,7 @@ def judged(trials: list[Trial], answers: dict[str, str], errors: dict[str, str] 
         },
         index=list(calls),
     )
-    return judge_trials(trials, name, rows, QUESTIONS, "sound")
+    return judge_trials(trials, name, rows, by_judge("sound", QUESTIONS))
 
 
 def test_a_trial_counts_when_it_is_known_seen_and_not_guessed() -> None:
@@ -91,7 +92,7 @@ def test_the_majority_over_trivial_images_decides_text_only() -> None:
     rows |= dict(zip([name(call) for call in trial.text_only], answers, strict=True))
     rows[name(trial.identification)] = "can"
     table = pd.DataFrame({"answer": rows, "error": None})
-    outcome = judge_trials([trial], name, table, QUESTIONS, "sound").iloc[0]
+    outcome = judge_trials([trial], name, table, by_judge("sound", QUESTIONS)).iloc[0]
     assert outcome["text_only"]
     assert outcome["text_only_answer"] == "metal"
     assert outcome["text_only_row"] == name(trial.text_only[0])
@@ -102,6 +103,7 @@ def test_the_gap_is_text_only_minus_visual_on_the_trials_that_count() -> None:
         {
             "question": [f"q{i % 5}" for i in range(40)],
             "relation": ["r"] * 40,
+            "entity": [f"e{i % 4}" for i in range(40)],
             "image": [f"i{i % 8}" for i in range(40)],
             "identification": [True] * 40,
             "full_information": [True] * 40,
@@ -119,6 +121,14 @@ def test_the_gap_is_text_only_minus_visual_on_the_trials_that_count() -> None:
     assert result["gap"]["relative"]["value"] == pytest.approx((told - 0.25) / told)
     low, high = result["gap"]["absolute"]["ci"]
     assert low < told - 0.25 < high
+    by = result["gap"]["ci_by"]
+    for start, end in by.values():
+        assert start < told - 0.25 < end
+    # Whether the visual answer is right hangs on the entity alone here: few entities, a wide interval.
+    assert by["entity"][1] - by["entity"][0] > by["image"][1] - by["image"][0]
+    shown, named = {i for i in range(8, 40) if i % 4 == 0}, {i for i in range(8, 40) if i % 10}
+    assert result["gap"]["mcnemar"]["only_told"] == len(named - shown)
+    assert result["gap"]["mcnemar"]["only_shown"] == len(shown - named)
     assert result["counted"] == {
         "n": 32,
         "trials": 40,
@@ -129,3 +139,12 @@ def test_the_gap_is_text_only_minus_visual_on_the_trials_that_count() -> None:
             "guess control right": 0,
         },
     }
+
+
+def test_mcnemars_test_is_the_binomial_of_the_trials_that_differ() -> None:
+    told, shown = np.array([1.0] * 9 + [0.0] * 11), np.array([0.0] * 8 + [1.0] * 3 + [0.0] * 9)
+    found = mcnemar(told, shown)
+    assert (found["only_told"], found["only_shown"]) == (8, 2)
+    # Two-sided: 2 · P(Bin(10, ½) <= 2) = 2 · (1 + 10 + 45) / 1024.
+    assert found["p"] == pytest.approx(2 * 56 / 1024)
+    assert mcnemar(told, told)["p"] is None

@@ -19,7 +19,7 @@ from gapprobe.tasks.choices import (
     make_choices,
 )
 from gapprobe.tasks.normal import find
-from gapprobe.tasks.questions import Question, load_questions
+from gapprobe.tasks.questions import Entity, Question, load_questions
 
 CITIES = ("London", "Paris", "York", "New York")
 
@@ -156,3 +156,27 @@ def test_distractors_that_are_right_are_passed_over() -> None:
 
 def test_a_question_with_its_options() -> None:
     assert Choices(("Rome", "London"), 1).ask("Capital?") == "Capital?\nA. Rome\nB. London"
+
+
+def test_an_option_that_names_the_entity_would_give_it_away() -> None:
+    four, eight = Entity("four"), Entity("eight")
+    facts = [
+        Question("four", "double", "What is twice {entity}?", "eight"),
+        Question("eight", "double", "What is twice {entity}?", "sixteen"),
+    ]
+    wrong = {"double/four": ["four", "nine"], "double/eight": ["eight", "seven"]}
+    found = make_choices(facts, wrong, entities=[four, eight], options=2)
+    assert sorted(found["double/four"].options) == ["eight", "nine"]
+    assert sorted(found["double/eight"].options) == ["seven", "sixteen"]
+    with pytest.raises(DataError, match=r"double/four has 1 distractors .* do not name its entity, and needs 2"):
+        make_choices(facts, wrong, entities=[four, eight], options=3)
+
+
+def test_a_question_that_cannot_be_asked_so_is_left_out_or_refused() -> None:
+    entities = [Entity("zero"), Entity("one")]
+    french = [Question("zero", "french", "{entity} in French?", "zéro"), Question("one", "french", "{entity}?", "un")]
+    wrong = {"french/zero": ["deux"], "french/one": ["deux"]}
+    with pytest.raises(DataError, match="french/zero has an answer, 'zéro', that would name its entity"):
+        make_choices(french, wrong, entities=entities, options=2)
+    assert list(make_choices(french, wrong, entities=entities, options=2, leave_out=True)) == ["french/one"]
+    assert make_choices(french, {}, entities=entities, options=2, leave_out=True) == {}

@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 
 from gapprobe.errors import ConfigError, DataError
+from gapprobe.tasks.choices import Choices
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageFile, ImageSet, TrivialImage, load_images
 from gapprobe.tasks.prompts import PromptTemplate, load_template
@@ -169,3 +170,27 @@ def test_the_prompt_template_is_data(tmp_path) -> None:
     file.write_text('instruction = "x"\nexamples = []\nsolved = ""\nquery = ""\nseparator = ""\n', encoding="utf-8")
     with pytest.raises(ConfigError, match="lacks the field 'stop'"):
         load_template(file)
+
+
+def test_with_choices_every_question_but_the_identification_has_its_options() -> None:
+    choices = {"made-of/can": Choices(("glass", "metal"), 1)}
+    open_form = build_trials(QUESTIONS, image_set(), TEMPLATE, images_per_question=2)
+    asked = build_trials(QUESTIONS, image_set(), TEMPLATE, images_per_question=2, choices=choices)
+    assert [t.image for t in asked] == [t.image for t in open_form if t.question.entity == "can"]
+    trial = asked[0]
+    assert trial.visual.text.endswith("Q: What is the object in the image made of?\nA. glass\nB. metal A:")
+    assert trial.identification.text.endswith("Q: What is in the image? A:")
+    for call in (trial.full_information, *trial.text_only, *trial.guess_control):
+        assert "\nA. glass\nB. metal A:" in call.text
+    assert {call.columns["question"] for call in trial.guess_control} == {"made-of/can"}
+
+
+def test_an_option_must_not_name_what_is_only_shown() -> None:
+    with pytest.raises(ConfigError, match=r"A\. cans.* about a picture of can names it"):
+        build_trials(
+            QUESTIONS,
+            image_set(),
+            TEMPLATE,
+            images_per_question=1,
+            choices={"made-of/can": Choices(("cans", "metal"), 1)},
+        )

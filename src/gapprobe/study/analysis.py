@@ -6,7 +6,7 @@ The mathematics is in `probes`, `lens`, `similarity`, `selective` and `stats`; h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,8 +18,6 @@ from gapprobe.study.config import StudyConfig
 from gapprobe.study.gap import weights_for
 from gapprobe.study.outcomes import counted, runnable
 from gapprobe.study.results import Json, interval, measured, number
-
-CURVE_POINTS = 200
 
 if TYPE_CHECKING:
     from gapprobe.models.model import Model
@@ -246,60 +244,6 @@ def cosine(store: Store, outcomes: pd.DataFrame, config: StudyConfig) -> Json:
         **split(raw),
         "centred": split(centred),
     }
-
-
-def selective(store: Store, outcomes: pd.DataFrame, scores: Mapping[str, Any] | None, config: StudyConfig) -> Json:
-    """Answer only when confident: by perplexity, by the probe, by both, on the rows and folds of the probe.
-
-    A trial whose visual answer is empty has no token to take a log-probability of, and is left out.
-    """
-    from gapprobe.selective import THRESHOLD, selective_scores
-    from gapprobe.selective import selective as measure
-
-    if scores is None:
-        return _nothing_selective("Selective prediction needs the probe, and no probe was fitted.")
-    rows = probe_rows(outcomes, store, config)
-    log_probs = store.rows["answer_logprobs"].reindex(rows.index)
-    answered = log_probs.map(len).to_numpy() > 0
-    rows, log_probs = rows[answered], log_probs[answered]
-    right = rows["visual"].to_numpy(dtype=bool)
-    weights = weights_for(rows, config.probe.replicates, config.seed)
-    try:
-        confidences = selective_scores(
-            np.array([float(np.mean(values)) for values in log_probs]),
-            np.array(scores["probability"])[answered],
-            right,
-            np.array(scores["fold"])[answered],
-        )
-    except DataError as error:
-        return _nothing_selective(f"Selective prediction was not measured: {error}.")
-    described: Json = {
-        "n": len(rows),
-        "left_out": int((~answered).sum()),
-        "split": scores["split"],
-        "operating_point": f"answer when the probability of being right is at least {THRESHOLD}",
-    }
-    for method, confidence in confidences.items():
-        result = measure(confidence, right, weights)
-        parts = {"coverage": result.coverage, "risk": result.risk, "aurc": result.aurc, "e_aurc": result.e_aurc}
-        curve = result.curve.thinned(CURVE_POINTS)
-        described[method] = {
-            **{name: number(part.value) for name, part in parts.items()},
-            "n": len(rows),
-            "ci": {name: interval(part) for name, part in parts.items()},
-            "curve": {"coverage": curve.coverage.tolist(), "risk": curve.risk.tolist()},
-        }
-    return described
-
-
-def _nothing_selective(why_not: str) -> Json:
-    nothing: Json = {
-        **dict.fromkeys(("coverage", "risk", "aurc", "e_aurc")),
-        "n": 0,
-        "ci": dict.fromkeys(("coverage", "risk", "aurc", "e_aurc"), [None, None]),
-        "curve": {"coverage": [], "risk": []},
-    }
-    return {"n": 0, "why_not": why_not, **dict.fromkeys(("perplexity", "probe", "ensemble"), nothing)}
 
 
 def _parallel(series: Mapping[str, Sequence[Estimate]]) -> Json:

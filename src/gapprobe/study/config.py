@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gapprobe.errors import ConfigError
+from gapprobe.study.published import published
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 
@@ -43,6 +45,35 @@ class ProbeConfig(BaseModel):
     replicates: Annotated[int, Field(ge=100)] = 1000
 
 
+class SamplesConfig(BaseModel):
+    """Answers drawn beside the greedy one, for self-consistency.
+
+    Attributes:
+        count: answers drawn for each visual call.
+        temperature: of the draws.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: Annotated[int, Field(ge=2)] = 10
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class ChoicesConfig(BaseModel):
+    """The multiple-choice form of every question.
+
+    Attributes:
+        options: how many options a question has.
+        distractors: a CSV with the columns `question` (its id), `distractor`; other entities' answers to the same
+            relation where left out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    options: Annotated[int, Field(ge=2, le=26)] = 4
+    distractors: str | None = None
+
+
 class StudyConfig(BaseModel):
     """One model, one data set, one protocol. Paths are read from the folder of the configuration file.
 
@@ -67,6 +98,9 @@ class StudyConfig(BaseModel):
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ….
         seed: of every random choice.
         gallery: linking failures shown in the report.
+        published: "model/data", of which the report shows the paper's figures beside this study's.
+        samples: see SamplesConfig; none are drawn if not given.
+        choices: see ChoicesConfig; no question is asked so if not given.
         probe: see ProbeConfig.
         folder: where the configuration file is; set by `load_config`.
     """
@@ -99,9 +133,19 @@ class StudyConfig(BaseModel):
     device: str = "auto"
     seed: int = 0
     gallery: Annotated[int, Field(ge=0)] = 12
+    published: str | None = None
+    samples: SamplesConfig | None = None
+    choices: ChoicesConfig | None = None
     probe: ProbeConfig = ProbeConfig()
 
     folder: Annotated[Path, Field(exclude=True)] = Path()
+
+    @field_validator("published")
+    @classmethod
+    def _known_figures(cls, name: str | None) -> str | None:
+        if name is not None and name not in published():
+            raise ValueError(f"the paper has no such figures; it has {', '.join(published())}")
+        return name
 
     @model_validator(mode="after")
     def _layer_of_the_control(self) -> StudyConfig:
@@ -125,34 +169,75 @@ class StudyConfig(BaseModel):
     @property
     def asked(self) -> str:
         """Return the settings that decide what the model is asked, as JSON; the others only change the analysis."""
-        analysis = {"title", "note", "judge", "gallery", "probe", "batch_size", "device"}
+        analysis = {"title", "note", "judge", "gallery", "probe", "batch_size", "device", "published"}
+        analysis |= {"samples", "choices"}  # they are asked apart, and kept in stores of their own
         return self.model_dump_json(exclude=analysis)
 
 
-def load_config(path: Path | str) -> StudyConfig:
-    """Read a study configuration.
+def load_configs(path: Path | str, data: Sequence[str] = ()) -> list[StudyConfig]:
+    """Read a study configuration: one study, or one for each of its tables `[data.<name>]`.
+
+    Such a table holds what differs between data sets (images, questions, reference, …) and outranks what the file says
+    for all; its study is called `<name of the file's study>-<name of the table>`.
+
+    Args:
+        path: the file.
+        data: names of tables; all if none.
 
     Raises:
-        ConfigError: the file is missing or no TOML, or a field is unknown, missing, of the wrong type, or out of range.
+        ConfigError: the file is missing or no TOML, a field is unknown, missing, of the wrong type, or out of range, or
+            there is no such table.
     """
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-        return StudyConfig.model_validate(data | {"folder": path.parent})
+        told = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"study configuration {path} does not exist; examples/landmarks has one to copy") from error
-    except ValidationError as error:
-        raise ConfigError(f"study configuration {path}: {_in_words(error)}") from error
+        raise ConfigError(f"study configuration {path} does not exist; configs/ has some to copy") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"study configuration {path} cannot be read: {error}") from error
+    tables = told.pop("data", None)
+    if tables is None:
+        if data:
+            raise ConfigError(f"study configuration {path} has no tables [data.…], and {data[0]} was asked for")
+        return [_checked(told, path)]
+    if not isinstance(tables, dict) or not tables or not all(isinstance(table, dict) for table in tables.values()):
+        raise ConfigError(f"study configuration {path}: data must be tables, [data.landmarks] for one")
+    if unknown := [name for name in data if name not in tables]:
+        raise ConfigError(f"study configuration {path} has no [data.{unknown[0]}]; it has {', '.join(tables)}")
+    if fixed := [(name, key) for name, table in tables.items() for key in ("name", "model") if key in table]:
+        raise ConfigError(f"study configuration {path}: data.{'.'.join(fixed[0])} is one for all data sets")
+    return [
+        _checked(told | tables[name] | {"name": f"{told['name']}-{name}"} if "name" in told else told, path)
+        for name in data or tables
+    ]
+
+
+def load_config(path: Path | str) -> StudyConfig:
+    """Read the configuration of one study; see `load_configs`.
+
+    Raises:
+        ConfigError: as there, and for a file with several data sets.
+    """
+    configs = load_configs(path)
+    if len(configs) > 1:
+        raise ConfigError(f"study configuration {path} has several data sets; name one of them (load_configs, --data)")
+    return configs[0]
+
+
+def _checked(told: dict[str, object], path: Path) -> StudyConfig:
+    try:
+        return StudyConfig.model_validate(told | {"folder": path.parent})
+    except ValidationError as error:
+        raise ConfigError(f"study configuration {path}: {_in_words(error)}") from error
 
 
 def _in_words(error: ValidationError) -> str:
+    parts = {"probe": ProbeConfig, "samples": SamplesConfig, "choices": ChoicesConfig}
     problems: list[str] = []
     for problem in error.errors():
         setting = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            part = ProbeConfig if problem["loc"][0] == "probe" else StudyConfig
+            part = parts.get(str(problem["loc"][0]), StudyConfig) if len(problem["loc"]) > 1 else StudyConfig
             problems.append(f"{setting} is not a setting; the settings are {', '.join(sorted(part.model_fields))}")
         else:
             problems.append(f"{setting}: {problem['msg']} (given: {problem['input']!r:.80})")

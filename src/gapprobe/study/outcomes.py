@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,24 @@ COUNTED = ""
 REASONS = ("could not be run", "identification wrong", "full information wrong", "guess control right")
 
 
+# Of a trial and setting, with the answers to its calls by row: the answer that counts, and is it right?
+Verdict = Callable[[Trial, str, Mapping[str, str]], tuple[str, bool]]
+
+
+def by_judge(judge: str, questions: QuestionSet) -> Verdict:
+    """Return the verdict of a judge, `sound` or `published`, on free answers: the majority one counts."""
+    is_right = JUDGES[judge]
+
+    def verdict(trial: Trial, setting: str, answers: Mapping[str, str]) -> tuple[str, bool]:
+        entity = questions.entity(trial.question.entity)
+        answer = majority(list(answers.values()))
+        return answer, is_right(answer, entity.names if setting == "identification" else trial.question.answers)
+
+    return verdict
+
+
 def judge_trials(
-    trials: Sequence[Trial], row_of: Callable[[Example], str], rows: pd.DataFrame, questions: QuestionSet, judge: str
+    trials: Sequence[Trial], row_of: Callable[[Example], str], rows: pd.DataFrame, verdict: Verdict
 ) -> pd.DataFrame:
     """Judge every trial in every setting; one row a trial, in the order of `trials`.
 
@@ -25,21 +41,17 @@ def judge_trials(
         trials: the trials of the study.
         row_of: the store's row id of a call.
         rows: the store's table of rows, indexed by id, with the columns `answer` and `error`.
-        questions: for the names of the entities.
-        judge: `sound` or `published`.
+        verdict: what is right: from `by_judge`, or of multiple choice.
 
     Returns:
         A table with the columns `question`, `relation`, `entity`, `image`, `gold`, `excluded` (the reason why the row
         does not count, "" if it does), and for each setting `<setting>` (right or not; False where it could not be
         run), `<setting>_answer` and `<setting>_row` (row id; of the first trivial image where there are several).
     """
-    is_right = JUDGES[judge]
     answers = rows["answer"].fillna("").to_dict()
     failed = rows["error"].notna().to_dict()
     table: list[dict[str, object]] = []
     for trial in trials:
-        gold: dict[str, tuple[str, ...]] = dict.fromkeys(SETTINGS, trial.question.answers)
-        gold["identification"] = questions.entity(trial.question.entity).names
         record: dict[str, object] = {
             "trial": trial.id,
             "question": trial.question.id,
@@ -53,8 +65,8 @@ def judge_trials(
             calls: Example | tuple[Example, ...] = getattr(trial, setting)
             ids = [row_of(call) for call in ((calls,) if isinstance(calls, Example) else calls)]
             ran = bool(ids) and not any(failed[i] for i in ids)
-            answer = majority([answers[i] for i in ids]) if ran else ""
-            record[setting] = ran and is_right(answer, gold[setting])
+            answer, correct = verdict(trial, setting, {i: answers[i] for i in ids}) if ran else ("", False)
+            record[setting] = correct
             record[f"{setting}_answer"] = answer
             record[f"{setting}_row"] = ids[0] if ids else ""
             runnable = runnable and ran

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gapprobe.errors import DataError
 from gapprobe.stats import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 Json = dict[str, Any]
@@ -27,6 +30,17 @@ def interval(estimate: Estimate) -> list[float | None]:
 def measured(estimate: Estimate, name: str = "value") -> Json:
     """Return a number with its n and interval, under `name`."""
     return {name: number(estimate.value), "n": estimate.n, "ci": interval(estimate)}
+
+
+def records(table: pd.DataFrame) -> list[Json]:
+    """Return the rows of a table as JSON holds them: plain numbers and truth values, NaN and infinities as None."""
+    return [
+        {
+            str(key): number(value) if isinstance(value, float) else value.item() if hasattr(value, "item") else value
+            for key, value in row.items()
+        }
+        for row in table.to_dict("records")
+    ]
 
 
 def read_results(path: Path) -> Json:

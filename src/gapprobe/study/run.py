@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +19,17 @@ from gapprobe.study.config import StudyConfig
 from gapprobe.study.gallery import linking_failures
 from gapprobe.study.gap import measure_gap
 from gapprobe.study.headline import headline
-from gapprobe.study.outcomes import judge_trials
+from gapprobe.study.judges import compare_judges
+from gapprobe.study.multiple_choice import measure_choices, read_distractors
+from gapprobe.study.outcomes import by_judge, judge_trials
+from gapprobe.study.published import beside
 from gapprobe.study.results import SCHEMA, Json
+from gapprobe.study.selecting import measure_selective
 from gapprobe.study.steps import Steps, claim, key_of
+from gapprobe.tasks.choices import Choices, make_choices
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageSet, load_images
+from gapprobe.tasks.judging import JUDGES
 from gapprobe.tasks.prompts import PromptTemplate, load_template
 from gapprobe.tasks.questions import QuestionSet, load_questions
 from gapprobe.tasks.settings import Trial, build_trials
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 
     from gapprobe.models.model import Model
     from gapprobe.store.reader import Store
+    from gapprobe.tracing.answers import Decoding
 
 POSITIONS = ("last_input", "last_output")
 Call = tuple[str, str | None]
@@ -58,15 +65,19 @@ class Study:
         self.template: PromptTemplate = load_template(config.path(config.prompts))
         asked_about = list(dict.fromkeys(q.entity for q in self.questions.questions))
         self.images: ImageSet = load_images(config.path(config.images), asked_about)
-        self.trials: list[Trial] = build_trials(
+        self.trials: list[Trial] = self._trials(None)
+        self._steps = Steps(out / "steps" / config.name)
+
+    def _trials(self, choices: Mapping[str, Choices] | None) -> list[Trial]:
+        return build_trials(
             self.questions,
             self.images,
             self.template,
-            images_per_question=config.images_per_question,
-            trivial=config.trivial_images,
-            seed=config.seed,
+            images_per_question=self.config.images_per_question,
+            trivial=self.config.trivial_images,
+            choices=choices,
+            seed=self.config.seed,
         )
-        self._steps = Steps(out / "steps" / config.name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -99,23 +110,36 @@ class Study:
 
     @cached_property
     def _store(self) -> Store:
+        return self._capture("", list(self._calls.values()), self._decoding, self.config.layers, POSITIONS)
+
+    def _capture(
+        self,
+        what: str,
+        calls: Sequence[Example],
+        decoding: Decoding,
+        layers: str | Sequence[int],
+        positions: Sequence[str],
+    ) -> Store:
+        """Run calls into a store beside the others; `what` tells it from the store of the study's own calls."""
         from gapprobe.tracing.run import capture
 
         self.claim()
         start = time.perf_counter()
         store = capture(
             self.model,
-            list(self._calls.values()),
-            self.out / "store" / self.config.name,
-            layers=self.config.layers,
-            positions=POSITIONS,
+            calls,
+            self.out / "store" / (f"{self.config.name}.{what}" if what else self.config.name),
+            layers=layers,
+            positions=positions,
             batch_size=self.config.batch_size,
-            max_new_tokens=self.config.max_new_tokens,
-            stop=self.template.stop,
+            max_new_tokens=decoding.max_new_tokens,
+            stop=decoding.stop,
+            temperature=decoding.temperature,
+            seed=decoding.seed,
             dtype=str(self.model.hf.dtype).removeprefix("torch."),
             progress=self.progress,
         )
-        self._steps.seconds["capture"] = round(time.perf_counter() - start, 3)
+        self._steps.seconds[f"capture {what}".strip()] = round(time.perf_counter() - start, 3)
         return store
 
     @cached_property
@@ -124,28 +148,90 @@ class Study:
         return {call_of(example): example for trial in self.trials for example in trial.calls}
 
     @cached_property
-    def _ids(self) -> dict[Call, str]:
+    def _decoding(self) -> Decoding:
         from gapprobe.tracing.answers import Decoding
+
+        return Decoding(self.config.max_new_tokens, (self.template.stop,))
+
+    @cached_property
+    def _rows(self) -> dict[Call, str]:
+        return self._ids(self._calls, POSITIONS, self._decoding)
+
+    def _ids(self, calls: Mapping[Call, Example], positions: Sequence[str], decoding: Decoding) -> dict[Call, str]:
+        """Return the ids that capture gives to the rows of `calls`."""
         from gapprobe.tracing.plan import row_ids
         from gapprobe.tracing.positions import parse_positions
 
-        decoding = Decoding(self.config.max_new_tokens, (self.template.stop,))
-        ids = row_ids(list(self._calls.values()), parse_positions(POSITIONS), decoding)
-        return dict(zip(self._calls, ids, strict=True))
+        ids = row_ids(list(calls.values()), parse_positions(positions), decoding)
+        return dict(zip(calls, ids, strict=True))
 
     def row_of(self, example: Example) -> str:
         """Return the id of the row that holds a call."""
-        return self._ids[call_of(example)]
+        return self._rows[call_of(example)]
 
     @cached_property
     def outcomes(self) -> pd.DataFrame:
         """Judge every trial in every setting; see `gapprobe.study.outcomes.judge_trials`."""
-        return judge_trials(self.trials, self.row_of, self.capture().rows, self.questions, self.config.judge)
+        return self._judged(self.config.judge)
+
+    def _judged(self, judge: str) -> pd.DataFrame:
+        return judge_trials(self.trials, self.row_of, self.capture().rows, by_judge(judge, self.questions))
 
     def gap(self) -> Json:
         """Measure the accuracies, which trials count, and the gap."""
         probe = self.config.probe
         return self._once("gap", lambda: measure_gap(self.outcomes, replicates=probe.replicates, seed=self.config.seed))
+
+    def judges(self) -> Json:
+        """Measure the gap by every judge, and how far they agree."""
+
+        def compare() -> Json:
+            return compare_judges(
+                {judge: self._judged(judge) for judge in JUDGES},
+                replicates=self.config.probe.replicates,
+                seed=self.config.seed,
+            )
+
+        return self._once("judges", compare)
+
+    def choices(self) -> Json | None:
+        """Ask every question with options, and measure the gap so; None where `config.choices` is not given."""
+        settings = self.config.choices
+        if settings is None:
+            return None
+        path = None if settings.distractors is None else self.config.path(settings.distractors)
+        choices = make_choices(
+            self.questions.questions,
+            None if path is None else read_distractors(path),
+            entities=self.questions.entities,
+            options=settings.options,
+            leave_out=True,
+            seed=self.config.seed,
+        )
+        if not choices:
+            raise ConfigError(
+                f"no question has {settings.options - 1} distractors: give some, or ask for fewer options"
+            )
+        trials = self._trials(choices)
+        calls = {call_of(example): example for trial in trials for example in trial.calls}
+        model = self.model
+        store = self._capture("choices", list(calls.values()), self._decoding, (model.n_layers,), ("last_input",))
+        ids = self._ids(calls, ("last_input",), self._decoding)
+
+        def measure() -> Json:
+            return measure_choices(
+                trials,
+                choices,
+                lambda example: ids[call_of(example)],
+                store,
+                model,
+                self.questions,
+                judge=self.config.judge,
+                replicates=self.config.probe.replicates,
+                seed=self.config.seed,
+            )
+
+        return self._once("choices", measure)
 
     def probe(self) -> Json:
         """Fit the failure probes at every layer, with controls, and selective prediction's scores."""
@@ -162,7 +248,36 @@ class Study:
     def selective(self) -> Json:
         """Measure selective prediction by perplexity, by the probe, and by both."""
         scores = self.probe()["scores"]
-        return self._once("selective", lambda: analysis.selective(self.capture(), self.outcomes, scores, self.config))
+
+        def measure() -> Json:
+            return measure_selective(self.capture(), self.outcomes, scores, self.samples(), self.config)
+
+        return self._once("selective", measure)
+
+    def samples(self) -> dict[str, list[str]] | None:
+        """Return further answers to every visual call, by its row, drawn as `config.samples` says; None if not at all.
+
+        A call that could not be run has none. Every draw is a store of its own, so that a killed run goes on.
+        """
+        if self.config.samples is None:
+            return None
+        from gapprobe.tracing.answers import Decoding
+
+        calls = {call_of(trial.visual): trial.visual for trial in self.trials}
+        found: dict[str, list[str]] = {self._rows[call]: [] for call in calls}
+        for draw in range(self.config.samples.count):
+            decoding = Decoding(
+                self.config.max_new_tokens,
+                (self.template.stop,),
+                temperature=self.config.samples.temperature,
+                seed=self.config.seed + draw,
+            )
+            rows = self._capture(f"draw-{draw}", list(calls.values()), decoding, (0,), ("last_input",)).rows
+            answers = rows["answer"][rows["error"].isna()].to_dict()
+            for call, drawn in self._ids(calls, ("last_input",), decoding).items():
+                if drawn in answers:
+                    found[self._rows[call]].append(answers[drawn])
+        return found
 
     def _once(self, name: str, compute: Callable[[], Json]) -> Json:
         store = self.capture()
@@ -177,7 +292,7 @@ class Study:
 
     def results(self) -> Json:
         """Run whatever is not there yet; return this study's part of results.json (docs/results.md)."""
-        gap, probe, lens = self.gap(), self.probe(), self.lens()
+        gap, judges, probe, lens = self.gap(), self.judges(), self.probe(), self.lens()
         cosine, selective = self.cosine(), self.selective()
         gallery = self._once(
             "gallery",
@@ -199,8 +314,11 @@ class Study:
                 "trials": len(self.trials),
                 "dropped": [{"question": q.naming(q.entity), "reason": why} for q, why in self.questions.dropped],
             },
-            "rows": _rows(store.rows.loc[sorted(set(self._ids.values()))]),
+            "rows": _rows(store.rows.loc[sorted(set(self._rows.values()))]),
             **gap,
+            "published": beside(self.config.published),
+            "judges": judges,
+            "choices": self.choices(),
             "layers": list(store.header.layers),
             "probe": {key: value for key, value in probe.items() if key != "scores"},
             "lens": lens,

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from gapprobe.errors import DataError
 from gapprobe.tasks.normal import find
-from gapprobe.tasks.questions import Question
+from gapprobe.tasks.questions import Entity, Question, leaks
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -45,7 +45,9 @@ def make_choices(
     questions: Sequence[Question],
     distractors: Mapping[str, Sequence[str]] | None = None,
     *,
+    entities: Sequence[Entity] = (),
     options: int = 4,
+    leave_out: bool = False,
     seed: int = 0,
 ) -> dict[str, Choices]:
     """Return the options of every question, by its id: the gold answer among distractors.
@@ -57,37 +59,53 @@ def make_choices(
         questions: the questions.
         distractors: wrong answers by question id. Where left out, other entities' answers to the same relation are
             drawn. Those that hold a right answer or another distractor, or stand in one, are passed over.
+        entities: what the questions are about; a distractor that names its question's entity is passed over then, for
+            it would give away what is only shown.
         options: how many options a question has.
+        leave_out: leave out a question that cannot be asked so, in place of refusing them all.
         seed: of the drawing, the order and the places.
 
     Raises:
-        DataError: fewer than two or more than 26 options, or a question with too few distractors.
+        DataError: fewer than two or more than 26 options, or a question with too few distractors, or whose answer names
+            its entity ("zéro" and zero).
     """
     if not 2 <= options <= len(LETTERS):
         raise DataError(f"{options} options: a question needs 2 to {len(LETTERS)} of them")
     rng = np.random.default_rng(seed)
+    named = {entity.name: entity for entity in entities}
     by_relation: dict[str, list[str]] = {}
     for question in questions:
         by_relation.setdefault(question.relation, []).append(question.answer)
-    turns = -(-len(questions) // options)
-    places = np.concatenate([rng.permutation(options) for _ in range(turns)]) if turns else np.zeros(0, dtype=int)
-    places = rng.permutation(places[: len(questions)])
-    found: dict[str, Choices] = {}
-    for question, right in zip(questions, places.tolist(), strict=True):
+    found: dict[str, list[str]] = {}
+    for question in questions:
         pool = by_relation[question.relation] if distractors is None else distractors.get(question.id, ())
+        entity = named.get(question.entity)
         drawn: list[str] = []
         for candidate in rng.permutation(np.array(pool, dtype=object)).tolist():
             others = (*question.answers, *drawn)
-            if len(drawn) < options - 1 and not any(find(candidate, o) or find(o, candidate) for o in others):
+            known = any(find(candidate, o) or find(o, candidate) for o in others)
+            if len(drawn) < options - 1 and not known and not (entity and leaks(candidate, entity)):
                 drawn.append(candidate)
+        why_not = ""
         if len(drawn) < options - 1:
-            raise DataError(
-                f"question {question.id} has {len(drawn)} distractors that differ from its answer and from each other, "
-                f"and needs {options - 1}; give some, or ask for fewer options"
+            why_not = (
+                f"has {len(drawn)} distractors that differ from its answer and from each other and do not name its "
+                f"entity, and needs {options - 1}; give some, or ask for fewer options"
             )
-        drawn.insert(right, question.answer)
-        found[question.id] = Choices(tuple(drawn), right)
-    return found
+        elif entity and leaks(question.answer, entity):
+            why_not = f"has an answer, {question.answer!r}, that would name its entity among the options; leave it out"
+        if not why_not:
+            found[question.id] = drawn
+        elif not leave_out:
+            raise DataError(f"question {question.id} {why_not}")
+    turns = -(-len(found) // options)
+    places = np.concatenate([rng.permutation(options) for _ in range(turns)]) if turns else np.zeros(0, dtype=int)
+    places = rng.permutation(places[: len(found)]).tolist()
+    gold = {question.id: question.answer for question in questions}
+    return {
+        id_: Choices((*drawn[:right], gold[id_], *drawn[right:]), right)
+        for (id_, drawn), right in zip(found.items(), places, strict=True)
+    }
 
 
 def chosen_letter(answer: str, options: Sequence[str]) -> int | None:

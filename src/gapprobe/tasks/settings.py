@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gapprobe.errors import ConfigError, DataError
+from gapprobe.tasks.choices import Choices
 from gapprobe.tasks.examples import Example, Span
 from gapprobe.tasks.images import ImageFile, ImageSet, TrivialImage, size_of
 from gapprobe.tasks.prompts import PromptTemplate
@@ -55,9 +56,20 @@ def build_trials(
     *,
     images_per_question: int,
     trivial: Sequence[str] = TRIVIAL,
+    choices: Mapping[str, Choices] | None = None,
     seed: int = 0,
 ) -> list[Trial]:
     """Pair every question with `images_per_question` images of its entity, drawn without replacement.
+
+    Args:
+        questions: what is asked.
+        images: of the entities.
+        template: of the prompts.
+        images_per_question: fewer where an entity has fewer.
+        trivial: kinds of trivial images, of `TRIVIAL`.
+        choices: options by question id. Every question but the identification is asked with them then, and those
+            without any are left out.
+        seed: of which images are drawn; it is the same with and without choices.
 
     Raises:
         ConfigError: an unknown trivial image, fewer than one image a question, or a prompt that names an entity
@@ -67,29 +79,45 @@ def build_trials(
         raise ConfigError(f"trivial image {unknown[0]!r} is not known; choose from {', '.join(TRIVIAL)}")
     if images_per_question < 1 or not trivial:
         raise ConfigError("a study needs at least one image a question and one trivial image")
-    for question in questions.questions:
+    asked_about = [q for q in questions.questions if choices is None or q.id in choices]
+    for question in asked_about:
         entity = questions.entity(question.entity)
-        for asked in (question.referring(questions.reference), questions.identify):
+        options = choices[question.id] if choices is not None else None
+        for asked in (_asked(question.referring(questions.reference), options), questions.identify):
             if names := leaks(template.render(asked), entity):
                 raise ConfigError(
                     f"the prompt that asks {asked!r} about a picture of {entity.name} names it ({', '.join(names)}): "
-                    "reword the question, the reference or the template's examples"
+                    "reword the question, the reference, the options or the template's examples"
                 )
     rng = np.random.default_rng(seed)
     trials: list[Trial] = []
     for question in questions.questions:
         candidates = images.by_entity[question.entity]
         chosen = rng.permutation(len(candidates))[:images_per_question]
-        trials += [_trial(question, candidates[i], questions, template, trivial) for i in sorted(chosen)]
+        # The images of the others are drawn all the same: those of this question do not depend on them.
+        options = choices.get(question.id) if choices is not None else None
+        if choices is None or options is not None:
+            trials += [_trial(question, candidates[i], questions, template, trivial, options) for i in sorted(chosen)]
     return trials
 
 
+def _asked(question: str, options: Choices | None) -> str:
+    return options.ask(question) if options else question
+
+
 def _trial(
-    question: Question, image: ImageFile, questions: QuestionSet, template: PromptTemplate, trivial: Sequence[str]
+    question: Question,
+    image: ImageFile,
+    questions: QuestionSet,
+    template: PromptTemplate,
+    trivial: Sequence[str],
+    options: Choices | None,
 ) -> Trial:
     identify = _Prompt.of(template, questions.identify, reference=questions.reference)
-    named = _Prompt.of(template, question.naming(question.entity), entity=question.entity)
-    referred = _Prompt.of(template, question.referring(questions.reference), reference=questions.reference)
+    told = _asked(question.naming(question.entity), options)
+    shown = _asked(question.referring(questions.reference), options)
+    named = _Prompt.of(template, told, entity=question.entity)
+    referred = _Prompt.of(template, shown, reference=questions.reference)
 
     def on_image(setting: str, prompt: _Prompt) -> Example:
         asked = "" if setting == "identification" else question.id
@@ -102,7 +130,8 @@ def _trial(
         except DataError:
             return ()
         pictures = [None if kind == "none" else TrivialImage(kind, width, height) for kind in trivial]
-        asked = question.id if entity else question.relation
+        # The wording of a guess is one for all entities, but for the options.
+        asked = question.id if entity or options else question.relation
         return tuple(
             Example(prompt.text, p, _columns(setting, asked, entity, p.name if p else "none"), prompt.spans)
             for p in pictures
