@@ -6,7 +6,6 @@ Nothing here knows what is being measured. Caches are dropped on Linux only; els
 from __future__ import annotations
 
 import ctypes
-import datetime
 import gc
 import mmap
 import os
@@ -222,18 +221,6 @@ def can_write_directly(folder: Path) -> bool:
     finally:
         path.unlink(missing_ok=True)
     return True
-
-
-def unused(folder: Path, name: str) -> Path:
-    """Return a name of today for results of a benchmark, with a number when today has some."""
-    folder.mkdir(parents=True, exist_ok=True)
-    today = f"{name}-{datetime.date.today().isoformat()}"
-    number = 2
-    path = folder / f"{today}.json"
-    while path.exists():
-        path = folder / f"{today}-{number}.json"
-        number += 1
-    return path
 
 
 def tell(line: str) -> None:

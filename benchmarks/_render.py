@@ -5,7 +5,7 @@ Results are as `benchmarks/README.md` describes them; nothing here knows what wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from math import ceil, floor, log10
 from statistics import median
@@ -39,15 +39,20 @@ def markdown(results: Mapping[str, Any], titles: Mapping[str, str], ours: str, t
         f"longer than the floor, “÷ {ours}” how many times longer than {ours} it took; processor is the median time "
         "of all cores; memory is what resident memory grew by at most, mapped files counted.",
     ]
+    text = "\n".join(lines) + "\n"
     for operation, heading in titles.items():
-        rows = _of(results, operation)
-        if not rows:
-            continue
-        lines += ["", f"## {heading}", "", f"| contestant | seconds | ÷ floor | ÷ {ours} | processor | memory, MB |"]
-        lines += ["|---|---|---|---|---|---|"]
-        lines += [_line(results, row, rows, ours) for row in rows]
+        if rows := _of(results, operation):
+            columns = ("contestant", "seconds", "÷ floor", f"÷ {ours}", "processor", "memory, MB")
+            text += section(heading, columns, [_cells(results, row, rows, ours) for row in rows])
     if results.get("left_out"):
-        lines += ["", "Left out:", *(f"- {name}: {reason}" for name, reason in results["left_out"].items())]
+        text += "\nLeft out:\n" + "".join(f"- {name}: {reason}\n" for name, reason in results["left_out"].items())
+    return text
+
+
+def section(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], about: str = "") -> str:
+    """Return a section of a document: a heading, what is to be said about it, a table."""
+    lines = ["", f"## {title}", "", *([about, ""] if about else []), f"| {' | '.join(columns)} |"]
+    lines += ["|---" * len(columns) + "|", *(f"| {' | '.join(map(str, cells))} |" for cells in rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -145,7 +150,7 @@ def _of(results: Mapping[str, Any], operation: str) -> list[Mapping[str, Any]]:
     return sorted(rows, key=lambda row: median(row["seconds"]))
 
 
-def _line(results: Mapping[str, Any], row: Mapping[str, Any], rows: list[Mapping[str, Any]], ours: str) -> str:
+def _cells(results: Mapping[str, Any], row: Mapping[str, Any], rows: list[Mapping[str, Any]], ours: str) -> list[str]:
     seconds = row["seconds"]
     mine = next((median(other["seconds"]) for other in rows if other["contestant"] == ours), None)
     cells = [
@@ -157,7 +162,7 @@ def _line(results: Mapping[str, Any], row: Mapping[str, Any], rows: list[Mapping
         f"{row['peak_bytes'] / 1e6:,.0f}",
     ]
     bold = row["contestant"] == ours
-    return "| " + " | ".join(f"**{cell}**" if bold and cell else cell for cell in cells) + " |"
+    return [f"**{cell}**" if bold and cell else cell for cell in cells]
 
 
 def _ratio(row: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> float:

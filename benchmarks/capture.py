@@ -13,11 +13,10 @@ import json
 import os
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,7 +40,8 @@ from transformers import (
 )
 
 from benchmarks import _measure
-from benchmarks._measure import Cost, machine, tell, unused, versions
+from benchmarks._measure import Cost, machine, tell, versions
+from benchmarks._outcome import Runs, WrongResult, by_operation, goals_section, judged, keep, refuse_unknown, write
 from benchmarks._render import markdown
 from benchmarks.capture_contestants import (
     CASES,
@@ -70,7 +70,6 @@ from gapprobe.tracing.plan import row_ids
 from gapprobe.tracing.positions import parse_positions
 from gapprobe.tracing.run import capture
 
-RESULTS = Path(__file__).parent / "results"
 OURS = Gapprobe.name
 # What goals allow: time over bare hooks, memory over the model's own (the queue apart), and growth between two points.
 _TIME, _MEMORY, _GROWTH = 1.05, 1.1, 1.05
@@ -113,32 +112,6 @@ class Options:
     """Measure nothing: render the table of these results."""
     docs: Path = Path("docs")
     """Where the table goes."""
-
-
-class WrongData(Exception):
-    """A contestant kept other values than it should; it is none, and its timings mean nothing."""
-
-
-@dataclass
-class Timings:
-    """What was measured for one operation of one contestant."""
-
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    others: list[float] = field(default_factory=list)
-    """Cores that other processes kept busy meanwhile, and the host of a virtual machine."""
-    check: str = ""
-    more: dict[str, Any] = field(default_factory=dict)
-    """Fields that only this operation has."""
-
-    def add(self, cost: Cost, check: str, others: float = 0.0) -> None:
-        """Add a run."""
-        self.others.append(round(others, 2))
-        self.seconds.append(round(cost.seconds, 4))
-        self.cpu_seconds.append(round(cost.cpu_seconds, 4))
-        self.peak_bytes = max(self.peak_bytes, cost.peak_bytes)
-        self.check = check
 
 
 def smollm2(count: int, dtype: str) -> tuple[Model, list[Example]]:
@@ -229,7 +202,7 @@ class Benchmark:
         self.folder = folder
         self.contestants = contestants
         self.runs = runs
-        self.timings: dict[tuple[str, str], Timings] = {}
+        self.timings = Runs()
         self.left_out: dict[str, str] = {}
         self.data: dict[str, dict[str, Any]] = {}
         self.versions: dict[str, str] = {}
@@ -239,7 +212,7 @@ class Benchmark:
         """Run all cases on one model.
 
         Raises:
-            WrongData: a contestant kept other values than it should.
+            WrongResult: a contestant kept other values than it should.
         """
         folder = self.folder / subject.name
         folder.mkdir()
@@ -257,22 +230,7 @@ class Benchmark:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the results, by operation, then contestant."""
-        return [
-            {
-                "operation": operation,
-                "contestant": contestant.name,
-                "seconds": timings.seconds,
-                "cpu_seconds": timings.cpu_seconds,
-                "peak_bytes": timings.peak_bytes,
-                "others": timings.others,
-                "floor": floor_of(operation),
-                "check": timings.check,
-                **timings.more,
-            }
-            for operation in TITLES
-            for contestant in self.contestants
-            if (timings := self.timings.get((operation, contestant.name)))
-        ]
+        return self.timings.rows(list(TITLES), [each.name for each in self.contestants], floor_of)
 
     def flat(self, model: Model, examples: Sequence[Example]) -> None:
         """Capture many batches of two rows, and look at the resident memory after some of them and after all."""
@@ -296,11 +254,9 @@ class Benchmark:
         early, late = (resident[at] for at in _FLAT)
         check = f"{len(store):,} rows stored; resident memory after {_FLAT[0]} batches {early / 1e6:.1f} MB, after "
         check += f"{_FLAT[1]} batches {late / 1e6:.1f} MB: {late / early - 1:+.1%}"
-        timings = Timings(more={"resident_bytes": resident})
-        timings.add(cost, check)
-        self.timings["flat-llava", OURS] = timings
+        timings = self.timings.add("flat-llava", OURS, cost, said=f", {check}")
+        timings.check, timings.more = check, {"others": [0.0], "resident_bytes": resident}
         shutil.rmtree(out)
-        tell(f"{'flat-llava':<22} {check}")
 
     def _prepared(self, subject: Subject, folder: Path) -> list[Contestant]:
         """Return the contestants that can run this model."""
@@ -330,10 +286,9 @@ class Benchmark:
 
     def _start(self, ours: Gapprobe, task: Task, folder: Path) -> None:
         parts = ours.start(task, folder)
-        timings = Timings(check="once; nothing is kept", more={"parts": parts})
-        timings.add(Cost(sum(parts.values()), 0.0, 0), timings.check)
-        self.timings[f"start-{task.subject.name}", OURS] = timings
-        tell(f"start-{task.subject.name:<16} {parts}")
+        cost = Cost(sum(parts.values()), 0.0, 0)
+        timings = self.timings.add(f"start-{task.subject.name}", OURS, cost, said=f", {parts}")
+        timings.check, timings.more = "once; nothing is kept", {"others": [0.0], "parts": parts}
 
     def _case(self, task: Task, contestants: Sequence[Contestant], folder: Path) -> None:
         operation = f"{task.case.name}-{task.subject.name}"
@@ -364,11 +319,9 @@ class Benchmark:
                     check = _checked(contestant, task, contestant.found(kept, task), expected)
                 del kept
                 shutil.rmtree(out)
-                self.timings.setdefault((operation, contestant.name), Timings()).add(cost, check, others)
-                tell(
-                    f"{operation:<22} {contestant.name:<22} {cost.seconds:8.3f} s {cost.cpu_seconds:8.3f} s of "
-                    f"processor {cost.peak_bytes / 1e6:8.1f} MB, others {others:.2f} cores"
-                )
+                timings = self.timings.add(operation, contestant.name, cost, said=f", others {others:.2f} cores")
+                timings.check = check
+                timings.more.setdefault("others", []).append(round(others, 2))
 
 
 def _busy() -> tuple[float, float, float]:
@@ -384,19 +337,19 @@ def _checked(contestant: Contestant, task: Task, found: Found, expected: Found) 
     """Compare what a contestant kept with what hooks keep.
 
     Raises:
-        WrongData: it is something else.
+        WrongResult: it is something else.
     """
     model = task.subject.model
     who = f"{contestant.name}, {task.case.name}, {task.subject.name}"
     if found.layers != expected.layers or found.answers is not None and found.answers != expected.answers:
-        raise WrongData(f"{who}: {found.layers} layers for {expected.layers}, or other answers than generate gives")
+        raise WrongResult(f"{who}: {found.layers} layers for {expected.layers}, or other answers than generate gives")
     # Rounding errors of a few eps in every block, that add up like a random walk.
     bound = 16 * torch.finfo(model.dtype).eps * expected.layers**0.5
     differing, error = 0, 0.0
     for layer in range(expected.layers):
         ours, theirs = found.layer(layer), expected.layer(layer)
         if ours.shape != theirs.shape:
-            raise WrongData(f"{who}: layer {layer} has shape {tuple(ours.shape)}, not {tuple(theirs.shape)}")
+            raise WrongResult(f"{who}: layer {layer} has shape {tuple(ours.shape)}, not {tuple(theirs.shape)}")
         normed = contestant.last_is_normed and layer == expected.layers - 1
         if normed:
             with torch.no_grad():
@@ -405,7 +358,7 @@ def _checked(contestant: Contestant, task: Task, found: Found, expected: Found) 
             differing += 1
             error = max(error, _distance(ours, theirs))
             if contestant.exact and not normed or not error <= bound:
-                raise WrongData(f"{who}: layer {layer} is another, by {error:.2g} of the length of a vector")
+                raise WrongResult(f"{who}: layer {layer} is another, by {error:.2g} of the length of a vector")
     what = f"{expected.layers} layers of {len(theirs):,} tokens compared with hooks-keep"
     said = "" if found.answers is None else f", {len(found.answers):,} answers token for token"
     last = ", its last layer with ours behind the final norm" if contestant.last_is_normed else ""
@@ -430,47 +383,43 @@ def floor_of(operation: str) -> str | None:
 def goals(rows: Sequence[Mapping[str, Any]], data: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what was aimed at, what came out, and whether it is met."""
     found: list[dict[str, Any]] = []
-    for operation in dict.fromkeys(row["operation"] for row in rows):
-        by_name = {row["contestant"]: row for row in rows if row["operation"] == operation}
+    for operation, by_name in by_operation(rows).items():
         ours = by_name[OURS]
         if operation == "flat-llava":
             early, late = (ours["resident_bytes"][at] for at in _FLAT)
             what = f"resident memory after {_FLAT[1]} batches over that after {_FLAT[0]}"
-            found.append(_goal(what, operation, late / early, _GROWTH))
+            found.append(judged(operation, what, late / early, 3, at_most=_GROWTH))
         if not (floor := floor_of(operation)):
             continue
         seconds = {name: median(row["seconds"]) for name, row in by_name.items()}
         bare = BareHooks.name
-        goal = _goal(f"time over {bare}", operation, seconds[OURS] / seconds[bare], _TIME)
+        goal = judged(operation, f"time over {bare}", seconds[OURS] / seconds[bare], 3, at_most=_TIME)
         goal["processor"] = round(median(ours["cpu_seconds"]) / median(by_name[bare]["cpu_seconds"]), 3)
         goal["over_floor"] = round(seconds[OURS] / seconds[floor], 3)
         goal["fastest_runs"] = round(min(ours["seconds"]) / min(by_name[bare]["seconds"]), 3)
         found.append(goal)
         queue = min(2 * _SHARD, data[operation]["kept_bytes"]) + _ON_THE_WAY
         allowed = _MEMORY * by_name[floor]["peak_bytes"] + queue
-        goal = _goal(f"memory over {_MEMORY} x {floor} and the queue", operation, ours["peak_bytes"] / allowed, 1.0)
+        what = f"memory over {_MEMORY} x {floor} and the queue"
+        goal = judged(operation, what, ours["peak_bytes"] / allowed, 3, at_most=1.0)
         found.append(goal | {"peak_bytes": ours["peak_bytes"], "allowed_bytes": round(allowed)})
         for contestant in CONTESTANTS:
             if contestant.keeps and contestant.name in by_name and contestant.name != OURS:
                 ratio = seconds[OURS] / seconds[contestant.name]
-                goal = _goal(f"time over {contestant.name}", operation, ratio, 1.0)
+                goal = judged(operation, f"time over {contestant.name}", ratio, 3, at_most=1.0)
                 found.append(goal if contestant.peer else goal | {"met": None})
     return found
-
-
-def _goal(goal: str, operation: str, value: float, bound: float) -> dict[str, Any]:
-    return {"operation": operation, "goal": goal, "value": round(value, 3), "at_most": bound, "met": value <= bound}
 
 
 def benchmark(options: Options) -> dict[str, Any]:
     """Run everything; return the results as in `benchmarks/README.md`.
 
     Raises:
-        WrongData: a contestant kept other values than it should.
+        WrongResult: a contestant kept other values than it should.
         SystemExit: a name is none.
     """
-    _refuse_unknown("contestant", options.only, [each.name for each in CONTESTANTS])
-    _refuse_unknown("model", options.models, list(SUBJECTS))
+    refuse_unknown("contestant", options.only, [each.name for each in CONTESTANTS])
+    refuse_unknown("model", options.models, list(SUBJECTS))
     always = {PlainForward.name, PlainGenerate.name, BareHooks.name, HooksKeep.name, OURS}
     chosen = [each for each in CONTESTANTS if not options.only or each.name in {*options.only, *always}]
     left_out = {each.name: reason for each in chosen if (reason := _missing(each))}
@@ -518,14 +467,8 @@ def render(source: Path, folder: Path) -> None:
     results = json.loads(source.read_text(encoding="utf-8"))
     about = "Each contestant runs the same batches on the same models, in turn."
     text = markdown(results, TITLES, OURS, f"Capture benchmark ({source.stem})", about)
-    lines = ["", "## Goals", "", "| operation | goal | value | at most | met |", "|---|---|---|---|---|"]
-    for goal in results["goals"]:
-        met = {True: "yes", False: "**no**", None: "shown only"}[goal["met"]]
-        lines.append(f"| `{goal['operation']}` | {goal['goal']} | {goal['value']} | {goal['at_most']} | {met} |")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "capture-benchmark.md"
-    path.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-    tell(f"{path}")
+    text += goals_section(results["goals"], "at most", lambda goal: str(goal["at_most"]))
+    write(folder / "capture-benchmark.md", text)
 
 
 def main(options: Options) -> None:
@@ -533,22 +476,10 @@ def main(options: Options) -> None:
     if options.table:
         render(options.table, options.docs)
         return
-    target = options.json or (None if options.quick else unused(RESULTS, "capture"))
-    if target and target.exists():
-        sys.exit(f"{target} exists; results are never written over")
-    results = benchmark(options)
-    for goal in results["goals"]:
-        met = {True: "met", False: "MISSED", None: ""}[goal["met"]]
-        tell(f"{goal['operation']:<22} {goal['goal']:<52} {goal['value']:7.3f} (at most {goal['at_most']}) {met}")
+    results = keep("capture", options, lambda: benchmark(options))
     others = [share for row in results["rows"] for share in row["others"]]
     if loud := sum(share > _QUIET for share in others):
         tell(f"{loud} of {len(others)} runs had others beside them on more than {_QUIET} cores: their times are void")
-    text = json.dumps(results, indent=1)
-    if target:
-        target.write_text(text + "\n", encoding="utf-8")
-        tell(f"{target}")
-    else:
-        print(text)
 
 
 def _missing(contestant: type[Contestant]) -> str:
@@ -556,11 +487,6 @@ def _missing(contestant: type[Contestant]) -> str:
     # Not imported yet: what one imports another has not to wait for.
     found = importlib.util.find_spec(contestant.module)
     return "" if found else f"cannot be imported: there is no {contestant.module}"
-
-
-def _refuse_unknown(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    if unknown := sorted(set(names) - set(known)):
-        sys.exit(f"no {what} {unknown[0]!r}; there are {', '.join(known)}")
 
 
 if __name__ == "__main__":

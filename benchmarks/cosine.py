@@ -9,9 +9,7 @@ What each operation and figure means is in `benchmarks/README.md`.
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,20 +26,29 @@ from sklearn.metrics.pairwise import paired_cosine_distances
 from torch import Tensor
 
 import gapprobe as gp
-from benchmarks._measure import Cost, machine, tell, timed, unused, versions
-from benchmarks._render import markdown
-from benchmarks.probes import one_thread
+from benchmarks._measure import machine, timed, versions
+from benchmarks._outcome import (
+    Runs,
+    WrongResult,
+    by_operation,
+    goals_section,
+    judged,
+    keep,
+    one_thread,
+    refuse_unknown,
+    restart_in_one_thread,
+    write,
+)
+from benchmarks._render import markdown, section
 from gapprobe.kernels import cosine
 from gapprobe.store.reader import Store
 
-RESULTS = Path(__file__).parent / "results"
 OURS, FLOOR = "gapprobe", "bandwidth"
 GOAL = 0.8  # of the streaming bandwidth
 BOUND = 1e-5  # a contestant may differ from float64 by this much
 WIDTH, LAYERS = 4096, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK = 1024  # rows at once, for those who do not take the whole matrix
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _DISTRIBUTIONS = ("gapprobe", "torch", "numpy", "scikit-learn")
 
 Work = Callable[[], np.ndarray | None]
@@ -70,10 +77,6 @@ class Options:
     """Where the table goes."""
 
 
-class WrongCosine(Exception):
-    """A contestant is further from float64 than BOUND; it is none, and its timings mean nothing."""
-
-
 @dataclass
 class Operation:
     """Something that all contestants do, and what is right: [v n], or [v l n] of a store."""
@@ -83,43 +86,30 @@ class Operation:
     bytes: int
     truth: np.ndarray
     contestants: dict[str, Work]
-    costs: dict[str, list[Cost]] = field(default_factory=dict[str, list[Cost]])
+    timings: Runs = field(default_factory=Runs)
     errors: dict[str, float] = field(default_factory=dict[str, float])
 
     def run(self, order: Sequence[str]) -> None:
         """Run everybody once; compare, outside the clock, what each gives.
 
         Raises:
-            WrongCosine: it is not right.
+            WrongResult: it is not right.
         """
         for name in order:
             found, cost = timed(self.contestants[name])
-            self.costs.setdefault(name, []).append(cost)
+            rate = f" {self.bytes / cost.cpu_seconds / 1e9:6.1f} GB/s"
+            timings = self.timings.add(self.name, name, cost, digits=5, said=rate)
+            timings.more["bytes"], timings.check = self.bytes, "bytes alone: nothing is compared"
             if found is not None:
                 off = float(np.nan_to_num(np.abs(found - self.truth), nan=np.inf).max())
                 self.errors[name] = max(self.errors.get(name, 0.0), off)
                 if off > BOUND:
-                    raise WrongCosine(f"{name} is off by {off:.1e} in {self.name}: over {BOUND:g}")
-            rate = self.bytes / cost.cpu_seconds / 1e9
-            tell(f"{self.name:<28} {name:<14} {cost.seconds:8.3f} s {cost.cpu_seconds:8.3f} s cpu {rate:6.1f} GB/s")
+                    raise WrongResult(f"{name} is off by {off:.1e} in {self.name}: over {BOUND:g}")
+                timings.check = f"off from float64 by {self.errors[name]:.1e} at most (bound {BOUND:g})"
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the results."""
-        return [
-            {
-                "operation": self.name,
-                "contestant": name,
-                "seconds": [round(cost.seconds, 5) for cost in costs],
-                "cpu_seconds": [round(cost.cpu_seconds, 5) for cost in costs],
-                "peak_bytes": max(cost.peak_bytes for cost in costs),
-                "floor": FLOOR,
-                "bytes": self.bytes,
-                "check": f"off from float64 by {self.errors[name]:.1e} at most (bound {BOUND:g})"
-                if name in self.errors
-                else "bytes alone: nothing is compared",
-            }
-            for name, costs in self.costs.items()
-        ]
+        return self.timings.rows([self.name], [name for _, name in self.timings], lambda _: FLOOR)
 
 
 def residuals(n: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -249,19 +239,15 @@ def _stream_store(store: Store) -> None:
 def goals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what share of the streaming bandwidth was reached, by processor time, and what else was aimed at."""
     found: list[dict[str, Any]] = []
-    for operation in dict.fromkeys(row["operation"] for row in rows):
-        by_name = {row["contestant"]: row for row in rows if row["operation"] == operation}
-        ours = median(by_name[OURS]["cpu_seconds"])
-        value = round(median(by_name[FLOOR]["cpu_seconds"]) / ours, 3)
-        what = "share of the bandwidth of one thread"
-        found.append({"operation": operation, "goal": what, "value": value, "at_least": GOAL, "met": value >= GOAL})
-        for name, row in by_name.items():
+    for operation, by_name in by_operation(rows).items():
+        cpu = {name: median(row["cpu_seconds"]) for name, row in by_name.items()}
+        found.append(
+            judged(operation, "share of the bandwidth of one thread", cpu[FLOOR] / cpu[OURS], 3, at_least=GOAL)
+        )
+        for name, theirs in cpu.items():
             if name not in (OURS, FLOOR):
-                value = round(median(row["cpu_seconds"]) / ours, 2)
                 what = f"processor time of {name} over ours"
-                found.append(
-                    {"operation": operation, "goal": what, "value": value, "at_least": 1.0, "met": value >= 1.0}
-                )
+                found.append(judged(operation, what, theirs / cpu[OURS], 2, at_least=1.0))
     return found
 
 
@@ -269,20 +255,16 @@ def benchmark(options: Options) -> dict[str, Any]:
     """Run everything; return the results as in `benchmarks/README.md`.
 
     Raises:
-        WrongCosine: a contestant is off.
+        WrongResult: a contestant is off.
         SystemExit: a name is none.
     """
     n = options.rows or (4096 if options.quick else 16_384)
     names = [f"cosine-{kind}-{name}" for name in DTYPES for kind in ("raw", "all")] + [
         f"cosine-store-bfloat16-{LAYERS}"
     ]
-    if unknown := sorted(set(options.only) - set(names)):
-        sys.exit(f"no operation {unknown[0]!r}; there are {', '.join(names)}")
-    described, begun, order = (
-        machine(options.folder or Path(tempfile.gettempdir())),
-        time.perf_counter(),
-        random.Random(0),
-    )
+    refuse_unknown("operation", options.only, names)
+    described = machine(options.folder or Path(tempfile.gettempdir()))
+    begun, order = time.perf_counter(), random.Random(0)
     done: list[Operation] = []
     with one_thread(), tempfile.TemporaryDirectory(dir=options.folder) as folder:
         makers: list[Callable[[], list[Operation]]] = [
@@ -322,52 +304,27 @@ def render(source: Path, folder: Path) -> None:
     results = json.loads(source.read_text(encoding="utf-8"))
     about = "Cosine similarity of paired rows, one thread; the floor reads the same bytes once in the same run."
     text = markdown(results, results["titles"], OURS, f"Cosine benchmark ({source.stem})", about)
-    lines = ["", "## Rates and errors", "", "By processor time, which other work beside it disturbs least.", ""]
-    lines += ["| operation | contestant | GB/s | share of the bandwidth | compared |", "|---|---|---|---|---|"]
-    for row in results["rows"]:
-        floor = next(r for r in results["rows"] if (r["operation"], r["contestant"]) == (row["operation"], FLOOR))
-        own = median(row["cpu_seconds"])
-        rate, share = row["bytes"] / own / 1e9, median(floor["cpu_seconds"]) / own
-        label = results["labels"][row["contestant"]]
-        lines.append(f"| `{row['operation']}` | {label} | {rate:.1f} | {share:.0%} | {row['check']} |")
-    lines += ["", "## Goals", "", "| operation | goal | value | wanted | met |", "|---|---|---|---|---|"]
-    for goal in results["goals"]:
-        met = "yes" if goal["met"] else "**no**"
-        lines.append(
-            f"| `{goal['operation']}` | {goal['goal']} | {goal['value']} | at least {goal['at_least']:g} | {met} |"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "cosine-benchmark.md"
-    path.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-    tell(f"{path}")
+    rows: list[Sequence[object]] = []
+    for operation, by_name in by_operation(results["rows"]).items():
+        for name, row in by_name.items():
+            own = median(row["cpu_seconds"])
+            rate, share = row["bytes"] / own / 1e9, median(by_name[FLOOR]["cpu_seconds"]) / own
+            rows.append((f"`{operation}`", results["labels"][name], f"{rate:.1f}", f"{share:.0%}", row["check"]))
+    columns = ("operation", "contestant", "GB/s", "share of the bandwidth", "compared")
+    text += section("Rates and errors", columns, rows, "By processor time, which other work beside it disturbs least.")
+    write(folder / "cosine-benchmark.md", text + goals_section(results["goals"]))
 
 
 def main(options: Options) -> None:
     """Measure, or render what was measured."""
     if options.table:
         render(options.table, options.docs)
-        return
-    target = options.json or (None if options.quick else unused(RESULTS, "cosine"))
-    if target and target.exists():
-        sys.exit(f"{target} exists; results are never written over")
-    try:
-        results = benchmark(options)
-    except WrongCosine as error:
-        sys.exit(f"stopped: {error}")
-    for goal in results["goals"]:
-        tell(f"{goal['operation']:<28} {goal['goal']:<48} {goal['value']:8.2f} {'met' if goal['met'] else 'MISSED'}")
-    text = json.dumps(results, indent=1)
-    if target:
-        target.write_text(text + "\n", encoding="utf-8")
-        tell(f"{target}")
     else:
-        print(text)
+        keep("cosine", options, lambda: benchmark(options))
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Options)
-    # Libraries look at these when they are loaded, which has happened: once more, from the beginning.
-    if not options.table and any(os.environ.get(name) != value for name, value in _ONE_THREAD.items()):
-        os.environ.update(_ONE_THREAD)
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.cosine", *sys.argv[1:]])
-    main(options)
+    chosen = tyro.cli(Options)
+    if not chosen.table:
+        restart_in_one_thread("benchmarks.cosine")
+    main(chosen)

@@ -7,9 +7,7 @@ What each operation and figure means is in `benchmarks/README.md`.
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +19,8 @@ import tyro
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from benchmarks._measure import Cost, machine, tell, timed, unused, versions
-from benchmarks.probes import RESULTS, one_thread
+from benchmarks._measure import machine, timed, versions
+from benchmarks._outcome import Runs, WrongResult, by_operation, judged, keep, one_thread
 from benchmarks.probes_data import FOLDS, Layer, make_layer
 from gapprobe.probes.adapters import ModuleProbe
 from gapprobe.stats import auc
@@ -55,10 +53,6 @@ class Options:
     """Of Adam, at most."""
     json: Path | None = None
     """Write the results here. A full run writes to benchmarks/results/ by default; a file is never written over."""
-
-
-class WrongFit(Exception):
-    """The two give other scores: they have not done the same work, and timings mean nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +179,7 @@ def compared(
         exact: both again, trained in float64.
 
     Raises:
-        WrongFit: further than rounding takes them.
+        WrongResult: further than rounding takes them.
     """
     away, twins, rounding = _away(ours, theirs), _away(*exact), _away(theirs, exact[1])
     out = (work.layer.fold == torch.arange(FOLDS)[:, None]).repeat_interleave(len(STRENGTHS), 0)
@@ -195,9 +189,9 @@ def compared(
         for a, b, rows in zip(ours, theirs, out, strict=True)
     ]
     if not float(twins.max()) <= EXACT:
-        raise WrongFit(f"log-odds of member {int(twins.argmax())} in float64 are {twins.max():.1e} apart")
+        raise WrongResult(f"log-odds of member {int(twins.argmax())} in float64 are {twins.max():.1e} apart")
     if not (float(away.max()) <= BOUND and float(away.median()) <= USUAL):
-        raise WrongFit(
+        raise WrongResult(
             f"log-odds of member {int(away.argmax())} are {away.max():.1e} apart, of half {away.median():.1e}"
         )
     return (
@@ -218,35 +212,23 @@ def benchmark(
     """Run everybody on every size in turn; return the results as in `benchmarks/README.md`.
 
     Raises:
-        WrongFit: the two have not done the same work.
+        WrongResult: the two have not done the same work.
     """
     probe = probe or ModuleProbe(make, "mlp", STRENGTHS, steps=options.steps)
-    described, rows, order = machine(Path()), [], random.Random(0)
+    described, timings, order = machine(Path()), Runs(), random.Random(0)
     contestants: dict[str, Callable[[Work], Any]] = {OURS: ensemble, LOOP: loop, FLOOR: products}
     with one_thread():
         for n, d in sizes[-1:] if options.quick else sizes:
-            work, costs, found = Work(make_layer(n, d), probe), {name: list[Cost]() for name in contestants}, {}
-            for name, run in contestants.items():  # warms up, and is compared
-                found[name] = run(work)
+            work = Work(make_layer(n, d), probe)
+            found = {name: run(work) for name, run in contestants.items()}  # warms up, and is compared
             exact = Work(work.layer, replace(probe, dtype=torch.float64))
             check = compared(work, found[OURS], found[LOOP], (ensemble(exact), loop(exact)))
             for _ in range(min(2, options.runs) if options.quick else options.runs):
                 for name in order.sample(list(contestants), len(contestants)):
                     _, cost = timed(lambda name=name, work=work: contestants[name](work))
-                    costs[name].append(cost)
-                    tell(f"ensemble-{n}x{d:<6} {name:<12} {cost.seconds:8.3f} s {cost.cpu_seconds:8.3f} s of processor")
-            rows += [
-                {
-                    "operation": f"ensemble-{n}x{d}",
-                    "contestant": name,
-                    "seconds": [round(cost.seconds, 4) for cost in costs[name]],
-                    "cpu_seconds": [round(cost.cpu_seconds, 4) for cost in costs[name]],
-                    "peak_bytes": max(cost.peak_bytes for cost in costs[name]),
-                    "floor": FLOOR,
-                    "check": "products alone: nothing is trained" if name == FLOOR else check,
-                }
-                for name in contestants
-            ]
+                    own = timings.add(f"ensemble-{n}x{d}", name, cost)
+                    own.check = "products alone: nothing is trained" if name == FLOOR else check
+    rows = timings.rows(list(dict.fromkeys(operation for operation, _ in timings)), list(contestants), lambda _: FLOOR)
     data = {"folds": FOLDS, "strengths": list(STRENGTHS), "hidden": HIDDEN, "steps": probe.steps, "batch": probe.batch}
     return {
         "machine": described,
@@ -261,36 +243,16 @@ def benchmark(
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return how many times our processor time the loop takes, and whether that is what was aimed at."""
-    found = []
-    for operation in dict.fromkeys(row["operation"] for row in rows):
-        ours, theirs = (
-            median(row["cpu_seconds"])
-            for name in (OURS, LOOP)
-            for row in rows
-            if (row["operation"], row["contestant"]) == (operation, name)
-        )
-        goal = {"operation": operation, "goal": f"processor time of {LOOP} over ours", "value": round(theirs / ours, 2)}
-        found.append(goal | {"at_least": WANTED, "met": theirs / ours >= WANTED})
+    found: list[dict[str, Any]] = []
+    for operation, by_name in by_operation(rows).items():
+        over = median(by_name[LOOP]["cpu_seconds"]) / median(by_name[OURS]["cpu_seconds"])
+        found.append(judged(operation, f"processor time of {LOOP} over ours", over, 2, at_least=WANTED))
     return found
 
 
 def main(options: Options) -> None:
     """Measure."""
-    target = options.json or (None if options.quick else unused(RESULTS, "ensemble"))
-    if target and target.exists():
-        sys.exit(f"{target} exists; results are never written over")
-    try:
-        results = benchmark(options)
-    except WrongFit as error:
-        sys.exit(f"stopped: {error}")
-    for goal in results["goals"]:
-        tell(f"{goal['operation']:<18} {goal['goal']} {goal['value']:.2f} {'met' if goal['met'] else 'MISSED'}")
-    text = json.dumps(results, indent=1)
-    if target:
-        target.write_text(text + "\n", encoding="utf-8")
-        tell(f"{target}")
-    else:
-        print(text)
+    keep("ensemble", options, lambda: benchmark(options))
 
 
 if __name__ == "__main__":

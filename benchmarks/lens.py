@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,8 +22,19 @@ import tyro
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from benchmarks._measure import machine, tell, timed, unused, versions
-from benchmarks._render import markdown
+from benchmarks._measure import machine, timed, versions
+from benchmarks._outcome import (
+    Runs,
+    WrongResult,
+    by_operation,
+    goals_section,
+    judged,
+    keep,
+    one_thread,
+    refuse_unknown,
+    write,
+)
+from benchmarks._render import markdown, section
 from benchmarks.lens_contestants import (
     CONTESTANTS,
     LEFT_OUT,
@@ -36,10 +46,8 @@ from benchmarks.lens_contestants import (
     Naive,
     make_case,
 )
-from benchmarks.probes import one_thread
 from gapprobe.kernels.logit_lens import Reading, log_softmax_reference
 
-RESULTS = Path(__file__).parent / "results"
 OURS, FLOOR, RIVAL = Gapprobe.name, Matmul.name, Naive.name
 # Layers, tokens, words, width, and of what the words are.
 SHAPES: tuple[tuple[int, int, int, int, torch.dtype], ...] = (
@@ -69,20 +77,6 @@ class Options:
     """Measure nothing: render the table of these results."""
     docs: Path = Path("docs")
     """Where the table goes."""
-
-
-class WrongReading(Exception):
-    """A contestant reads something else than is there; it is none, and its timings mean nothing."""
-
-
-@dataclass
-class Timings:
-    """What was measured for one operation of one contestant."""
-
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    check: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,13 +120,13 @@ def compared(name: str, case: Case, truth: Truth, found: Reading) -> str:
     """Return in words how far a reading is from the truth.
 
     Raises:
-        WrongReading: a rank is wrong that no rounding explains, or a number is further off than rounding brings it.
+        WrongResult: a rank is wrong that no rounding explains, or a number is further off than rounding brings it.
     """
     if found.log_prob.shape[:2] != truth.rank.shape:
-        raise WrongReading(f"{name} has shape {tuple(found.log_prob.shape)} at {case.name}")
+        raise WrongResult(f"{name} has shape {tuple(found.log_prob.shape)} at {case.name}")
     rank, slack = found.rank[..., 0], truth.slack[..., None]
     if wrong := int(((rank < truth.least) | (rank > truth.most)).sum()):
-        raise WrongReading(f"{name} has {wrong} ranks at {case.name} that no rounding explains")
+        raise WrongResult(f"{name} has {wrong} ranks at {case.name} that no rounding explains")
     told: list[str] = []
     # log p moves by two roundings at most, the entropy by as many times its own size, and so does the sum in float32.
     for what, mine, right, allowed in (
@@ -142,7 +136,7 @@ def compared(name: str, case: Case, truth: Truth, found: Reading) -> str:
     ):
         off = (mine - right).abs().nan_to_num(nan=torch.inf)
         if not bool((off <= allowed).all()):
-            raise WrongReading(f"{name}: {what} is {float(off.max()):.1e} off at {case.name}")
+            raise WrongResult(f"{name}: {what} is {float(off.max()):.1e} off at {case.name}")
         told.append(f"{what} at most {float(off.max()):.1e}")
     exact = int((rank == truth.rank).sum())
     ranks = f"{exact:,} of {rank.numel():,} ranks the same, the others within rounding"
@@ -155,43 +149,33 @@ class Benchmark:
     def __init__(self, contestants: Sequence[type[Contestant]], runs: int) -> None:
         self.contestants = contestants
         self.runs = runs
-        self.timings: dict[tuple[str, str], Timings] = {}
+        self.timings = Runs()
         self._order = random.Random(0)
 
     def case(self, case: Case) -> None:
         """Run everybody on one case.
 
         Raises:
-            WrongReading: a contestant reads something else than is there.
+            WrongResult: a contestant reads something else than is there.
         """
         truth = truth_of(case)
         ready = [contestant(case) for contestant in self.contestants]
         for _ in range(self.runs):
             for each in self._order.sample(ready, len(ready)):
                 found, cost = timed(each.read, each.memory)
-                timings = self.timings.setdefault((case.name, each.name), Timings())
-                timings.seconds.append(round(cost.seconds, 4))
-                timings.cpu_seconds.append(round(cost.cpu_seconds, 4))
-                timings.peak_bytes = max(timings.peak_bytes, cost.peak_bytes)
-                told = f"{cost.seconds:8.3f} s {cost.cpu_seconds:8.3f} s of processor {cost.peak_bytes / 1e6:8.1f} MB"
-                tell(f"{case.name:<30} {each.name:<12} {told}")
+                timings = self.timings.add(case.name, each.name, cost)
                 timings.check = "product alone" if found is None else compared(each.name, case, truth, found)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the results, by operation, then contestant."""
-        return [
-            {"operation": operation, "contestant": name, **vars(timings), "floor": FLOOR}
-            for operation in dict.fromkeys(operation for operation, _ in self.timings)
-            for name in (each.name for each in self.contestants)
-            if (timings := self.timings.get((operation, name)))
-        ]
+        operations = list(dict.fromkeys(operation for operation, _ in self.timings))
+        return self.timings.rows(operations, [each.name for each in self.contestants], lambda _: FLOOR)
 
 
 def goals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what was aimed at, what came out, and whether it is met; elsewhere than at `AIMED` it is shown only."""
     found: list[dict[str, Any]] = []
-    for operation in dict.fromkeys(row["operation"] for row in rows):
-        by_name = {row["contestant"]: row for row in rows if row["operation"] == operation}
+    for operation, by_name in by_operation(rows).items():
         cpu = {name: median(row["cpu_seconds"]) for name, row in by_name.items()}
         figures = [(f"processor time over {FLOOR}'s", cpu[OURS] / cpu[FLOOR], "at_most", _FLOOR)]
         if RIVAL in by_name:
@@ -199,9 +183,7 @@ def goals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             figures.append((f"processor time of {RIVAL} over ours", cpu[RIVAL] / cpu[OURS], "at_least", _RIVAL))
             figures.append((f"peak memory of {RIVAL} over ours", peak, "at_least", _MEMORY))
         for what, value, bound, limit in figures:
-            met = None if operation != AIMED else value <= limit if bound == "at_most" else value >= limit
-            wanted = {} if operation != AIMED else {bound: limit}
-            found.append({"operation": operation, "goal": what, "value": round(value, 3), "met": met, **wanted})
+            found.append(judged(operation, what, value, 3, **({bound: limit} if operation == AIMED else {})))
     return found
 
 
@@ -209,12 +191,10 @@ def benchmark(options: Options, shapes: Sequence[tuple[int, int, int, int, torch
     """Run everything; return the results as in `benchmarks/README.md`.
 
     Raises:
-        WrongReading: a contestant reads something else than is there.
+        WrongResult: a contestant reads something else than is there.
         SystemExit: a name is none.
     """
-    known = [each.name for each in CONTESTANTS]
-    if unknown := sorted(set(options.only) - set(known)):
-        sys.exit(f"no contestant {unknown[0]!r}; there are {', '.join(known)}")
+    refuse_unknown("contestant", options.only, [each.name for each in CONTESTANTS])
     contestants = [each for each in CONTESTANTS if not options.only or each.name in {*options.only, OURS, FLOOR}]
     described, begun = machine(Path()), time.perf_counter()
     run = Benchmark(contestants, options.runs or (3 if options.quick else 7))
@@ -227,7 +207,7 @@ def benchmark(options: Options, shapes: Sequence[tuple[int, int, int, int, torch
     rows = run.rows()
     return {
         "machine": described,
-        "versions": versions(list(dict.fromkeys(name for each in contestants for name in each.distributions))),
+        "versions": versions([name for each in contestants for name in each.distributions]),
         "data": {"top_k": TOP, "targets": 1},
         "threads": 1,
         "minutes": round((time.perf_counter() - begun) / 60, 1),
@@ -244,46 +224,17 @@ def render(source: Path, folder: Path) -> None:
     results = json.loads(source.read_text(encoding="utf-8"))
     about = f"One target, entropy and the {results['data']['top_k']} best words of every layer and token; one thread."
     text = markdown(results, results["titles"], OURS, f"Lens benchmark ({source.stem})", about)
-    lines = ["", "## What was compared", "", "| operation | contestant | check |", "|---|---|---|"]
-    for row in results["rows"]:
-        lines.append(f"| `{row['operation']}` | {results['labels'][row['contestant']]} | {row['check']} |")
-    lines += ["", "## Goals", "", "| operation | goal | value | wanted | met |", "|---|---|---|---|---|"]
-    for goal in results["goals"]:
-        lines.append(f"| `{goal['operation']}` | {goal['goal']} | {goal['value']} | {_wanted(goal)} | {_met(goal)} |")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lens-benchmark.md"
-    path.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-    tell(f"{path}")
+    rows = [(f"`{row['operation']}`", results["labels"][row["contestant"]], row["check"]) for row in results["rows"]]
+    text += section("What was compared", ("operation", "contestant", "check"), rows)
+    write(folder / "lens-benchmark.md", text + goals_section(results["goals"]))
 
 
 def main(options: Options) -> None:
     """Measure, or render what was measured."""
     if options.table:
         render(options.table, options.docs)
-        return
-    target = options.json or (None if options.quick else unused(RESULTS, "lens"))
-    if target and target.exists():
-        sys.exit(f"{target} exists; results are never written over")
-    try:
-        results = benchmark(options)
-    except WrongReading as error:
-        sys.exit(f"stopped: {error}")
-    for goal in results["goals"]:
-        tell(f"{goal['operation']:<30} {goal['goal']:<36} {goal['value']:8.3f} {_wanted(goal):<14} {_met(goal)}")
-    text = json.dumps(results, indent=1)
-    if target:
-        target.write_text(text + "\n", encoding="utf-8")
-        tell(f"{target}")
     else:
-        print(text)
-
-
-def _wanted(goal: Mapping[str, Any]) -> str:
-    return next((f"{name.replace('_', ' ')} {goal[name]:g}" for name in ("at_least", "at_most") if name in goal), "")
-
-
-def _met(goal: Mapping[str, Any]) -> str:
-    return {True: "yes", False: "**no**", None: "shown only"}[goal["met"]]
+        keep("lens", options, lambda: benchmark(options))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ What each operation and figure means is in `benchmarks/README.md`; the contestan
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,11 +23,23 @@ import torch
 import tyro
 from jaxtyping import Float64
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from benchmarks._measure import Cost, machine, tell, timed, unused, versions
-from benchmarks._render import markdown
+from benchmarks._measure import machine, tell, timed, versions
+from benchmarks._outcome import (
+    Runs,
+    Timings,
+    WrongResult,
+    by_operation,
+    goals_section,
+    judged,
+    keep,
+    one_thread,
+    refuse_unknown,
+    restart_in_one_thread,
+    write,
+)
+from benchmarks._render import markdown, section
 from benchmarks.probes_contestants import (
     CONTESTANTS,
     TOLERANCE,
@@ -45,7 +55,6 @@ from benchmarks.probes_contestants import (
 from benchmarks.probes_data import FOLDS, Layer, Sweep, load_layers, make_layer
 from gapprobe.kernels.logistic import LogisticFits
 
-RESULTS = Path(__file__).parent / "results"
 OURS, FLOOR, RIVAL = Gapprobe.name, Matmul.name, SklearnLbfgsF32.name
 STRENGTHS = torch.logspace(-4, 3, 8, dtype=torch.float64)
 # Rows and width, and how many times our processor time the rival's is to be.
@@ -58,7 +67,6 @@ BOUND = 1e-5
 _ONCE = 120.0
 _MANY = (33, 2000, 4096)
 _MANY_STRENGTHS, _MANY_SECONDS, _WORKERS = 10, 30.0, 2
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 @dataclass
@@ -91,27 +99,6 @@ class Options:
     """Where the table goes."""
 
 
-class WrongFit(Exception):
-    """A contestant is further from the optimum than it promises; it is none, and its timings mean nothing."""
-
-
-@dataclass
-class Timings:
-    """What was measured for one operation of one contestant."""
-
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    furthest: float = 0.0
-    check: str = ""
-
-    def add(self, cost: Cost, multiple: float = 1.0) -> None:
-        """Add a run that did one part of so many."""
-        self.seconds.append(round(cost.seconds * multiple, 4))
-        self.cpu_seconds.append(round(cost.cpu_seconds * multiple, 4))
-        self.peak_bytes = max(self.peak_bytes, cost.peak_bytes)
-
-
 class Benchmark:
     """All contestants on the same residuals, in turn, round by round."""
 
@@ -119,7 +106,7 @@ class Benchmark:
         self.contestants = contestants
         self.runs = runs
         self.peer_folds = peer_folds
-        self.timings: dict[tuple[str, str], Timings] = {}
+        self.timings = Runs()
         self.left_out: dict[str, str] = {}
         self._order = random.Random(0)
 
@@ -127,7 +114,7 @@ class Benchmark:
         """Run everybody on one sweep.
 
         Raises:
-            WrongFit: a contestant that promises the optimum has missed it.
+            WrongResult: a contestant that promises the optimum has missed it.
         """
         everything = range(FOLDS)
         # Also warms up; what it certifies is what all are compared with.
@@ -144,41 +131,26 @@ class Benchmark:
         """Fit so many layers, each in a thread of its own; return the operation's name.
 
         Raises:
-            WrongFit: a fit is not where its certificate says.
+            WrongResult: a fit is not where its certificate says.
         """
         name = f"many-{layers}x{n}x{d}"
         c = torch.logspace(-4, 3, strengths, dtype=torch.float64)
         with ThreadPoolExecutor(workers) as pool:
             made = list(pool.map(lambda seed: make_layer(n, d, seed), range(layers)))
             fit_layer(made[0], c, range(FOLDS))
-            timings = self.timings.setdefault((name, OURS), Timings())
             for _ in range(self.runs):
                 fitted, cost = timed(lambda: list(pool.map(lambda layer: fit_layer(layer, c, range(FOLDS)), made)))
-                timings.add(cost)
-                self._tell(name, OURS, cost)
+                timings = self.timings.add(name, OURS, cost)
                 ours = Gapprobe(Sweep(name, "", tuple(made), c), fitted)
                 count, furthest = compared(OURS, ours.sweep, fitted, ours.solutions(fitted), BOUND)
-                timings.furthest = max(timings.furthest, furthest)
+                timings.more["furthest"] = max(timings.more.get("furthest", 0.0), furthest)
                 timings.check = f"{workers} threads; {_said(count, furthest, True)}"
         return name
 
     def rows(self, sweeps: Sequence[str]) -> list[dict[str, Any]]:
         """Return the rows of the results, by operation, then contestant."""
-        return [
-            {
-                "operation": operation,
-                "contestant": contestant.name,
-                "seconds": timings.seconds,
-                "cpu_seconds": timings.cpu_seconds,
-                "peak_bytes": timings.peak_bytes,
-                "floor": None if operation.startswith("many") else FLOOR,
-                "furthest": timings.furthest,
-                "check": timings.check,
-            }
-            for operation in sweeps
-            for contestant in self.contestants
-            if (timings := self.timings.get((operation, contestant.name)))
-        ]
+        names = [each.name for each in self.contestants]
+        return self.timings.rows(sweeps, names, lambda operation: None if operation.startswith("many") else FLOOR)
 
     def _run(self, each: Contestant, sweep: Sweep, certified: Sequence[LogisticFits], folds: Sequence[int]) -> None:
         try:
@@ -188,18 +160,16 @@ class Benchmark:
             self.timings.pop((sweep.name, each.name), None)
             tell(f"{each.name} is left out of {sweep.name}: {error}")
             return
-        timings = self.timings.setdefault((sweep.name, each.name), Timings())
-        timings.add(cost, FOLDS / len(folds))
-        self._tell(sweep.name, each.name, cost, FOLDS / len(folds))
+        timings = self.timings.add(sweep.name, each.name, cost, len(folds) / FOLDS)
         solutions = each.solutions(fitted)
         if not solutions:
-            timings.check = "products alone: nothing is fitted"
+            timings.more["furthest"], timings.check = 0.0, "products alone: nothing is fitted"
             return
         bound = BOUND if each.must_converge else None
         count, furthest = compared(each.name, sweep, certified, solutions, bound)
-        timings.furthest = max(timings.furthest, furthest)
+        furthest = timings.more["furthest"] = max(timings.more.get("furthest", 0.0), furthest)
         part = f"{len(folds)} of {FOLDS} folds, times multiplied by {FOLDS / len(folds):g}; "
-        timings.check = (part if len(folds) < FOLDS else "") + _said(count, timings.furthest, each.must_converge)
+        timings.check = (part if len(folds) < FOLDS else "") + _said(count, furthest, each.must_converge)
         if each.name == OURS:
             steps = torch.cat([fits.steps for fits in certified])
             timings.check += (
@@ -208,10 +178,6 @@ class Benchmark:
 
     def _is_enough(self, timings: Timings) -> bool:
         return max(timings.seconds) * self.peer_folds / FOLDS > _ONCE
-
-    def _tell(self, operation: str, name: str, cost: Cost, multiple: float = 1.0) -> None:
-        seconds, cpu = cost.seconds * multiple, cost.cpu_seconds * multiple
-        tell(f"{operation:<22} {name:<24} {seconds:9.3f} s {cpu:9.3f} s of processor {cost.peak_bytes / 1e6:8.1f} MB")
 
 
 def compared(
@@ -226,7 +192,7 @@ def compared(
     The optimum is taken to be the least that it can be by gapprobe's certificates, so that no distance is understated.
 
     Raises:
-        WrongFit: one is further than `bound`, or below what gapprobe certifies to be the least.
+        WrongResult: one is further than `bound`, or below what gapprobe certifies to be the least.
     """
     count, furthest, strengths = 0, 0.0, sweep.strengths
     for solution in solutions:
@@ -241,10 +207,12 @@ def compared(
         where = f"{sweep.name}, layer {solution.layer} of the sweep, fold {solution.fold}"
         if float(away.min()) < -1e-9:
             c = float(strengths[away.argmin()])
-            raise WrongFit(f"{name} is below what {OURS} certified as the least at {where}, C={c:g}: {away.min():.1e}")
+            raise WrongResult(
+                f"{name} is below what {OURS} certified as the least at {where}, C={c:g}: {away.min():.1e}"
+            )
         if bound is not None and float(away.max()) > bound:
             c = float(strengths[away.argmax()])
-            raise WrongFit(f"{name} is {away.max():.1e} of the optimum off it at {where}, C={c:g}: over {bound:g}")
+            raise WrongResult(f"{name} is {away.max():.1e} of the optimum off it at {where}, C={c:g}: over {bound:g}")
     return count, furthest
 
 
@@ -266,34 +234,19 @@ def goals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what was aimed at, what came out, and whether it is met."""
     wanted = {f"sweep-{n}x{d}": ratio for (n, d), ratio in SIZES.items()}
     found: list[dict[str, Any]] = []
-    for operation in dict.fromkeys(row["operation"] for row in rows):
-        by_name = {row["contestant"]: row for row in rows if row["operation"] == operation}
+    for operation, by_name in by_operation(rows).items():
         if operation.startswith("many"):
-            value = round(median(by_name[OURS]["seconds"]), 2)
-            at_most = {"at_most": _MANY_SECONDS, "met": value <= _MANY_SECONDS}
-            found.append({"operation": operation, "goal": "seconds of the wall clock", "value": value, **at_most})
+            value = median(by_name[OURS]["seconds"])
+            found.append(judged(operation, "seconds of the wall clock", value, 2, at_most=_MANY_SECONDS))
             continue
         for contestant in CONTESTANTS:
             if contestant.peer and contestant.name in by_name:
                 row = by_name[contestant.name]
                 value = median(row["cpu_seconds"]) / median(by_name[OURS]["cpu_seconds"])
                 what = f"processor time of {contestant.name} over ours"
-                goal = {"operation": operation, "goal": what, "value": round(value, 2), "furthest": row["furthest"]}
                 least = wanted.get(operation, _REAL) if contestant.name == RIVAL else None
-                found.append(goal | {"at_least": least, "met": None if least is None else value >= least})
+                found.append(judged(operation, what, value, 2, at_least=least) | {"furthest": row["furthest"]})
     return found
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch and every BLAS to one thread, whatever they were told when they were loaded."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_sweep(n: int, d: int) -> Sweep:
@@ -314,10 +267,10 @@ def benchmark(options: Options, sizes: Sequence[tuple[int, int]] = tuple(SIZES))
     """Run everything; return the results as in `benchmarks/README.md`.
 
     Raises:
-        WrongFit: a contestant that promises the optimum has missed it.
+        WrongResult: a contestant that promises the optimum has missed it.
         SystemExit: a name is none, or there are not so many folds.
     """
-    _refuse_unknown("contestant", options.only, [each.name for each in CONTESTANTS])
+    refuse_unknown("contestant", options.only, [each.name for each in CONTESTANTS])
     if not 1 <= options.peer_folds <= FOLDS:
         sys.exit(f"--peer-folds is 1 to {FOLDS}, not {options.peer_folds}")
     offered = [each for each in CONTESTANTS if not options.quick or each in _QUICK or each.name in options.only]
@@ -329,7 +282,7 @@ def benchmark(options: Options, sizes: Sequence[tuple[int, int]] = tuple(SIZES))
         real = real_sweep(options.real, options.real_layers, options.label)
         makers[real.name] = lambda: real
     many = f"many-{'x'.join(map(str, _MANY))}"
-    _refuse_unknown("operation", options.operations, [*makers, *([many] if options.many else [])])
+    refuse_unknown("operation", options.operations, [*makers, *([many] if options.many else [])])
     described, begun = machine(Path()), time.perf_counter()
     run = Benchmark(contestants, options.runs or (2 if options.quick else 3), options.peer_folds)
     titles: dict[str, str] = {}
@@ -348,7 +301,7 @@ def benchmark(options: Options, sizes: Sequence[tuple[int, int]] = tuple(SIZES))
     rows = run.rows(list(titles))
     return {
         "machine": described,
-        "versions": versions(list(dict.fromkeys(name for each in contestants for name in each.distributions))),
+        "versions": versions([name for each in contestants for name in each.distributions]),
         "data": {
             "folds": FOLDS,
             "strengths": STRENGTHS.tolist(),
@@ -372,44 +325,22 @@ def render(source: Path, folder: Path) -> None:
     results = json.loads(source.read_text(encoding="utf-8"))
     about = "L2 logistic regression, intercept free, one thread unless the heading says otherwise."
     text = markdown(results, results["titles"], OURS, f"Probes benchmark ({source.stem})", about)
-    lines = ["", "## Distance from the optimum", ""]
-    lines += ["Of the worst fit, by the objective in float64, relative to the least that gapprobe certifies.", ""]
-    lines += ["| operation | contestant | distance |", "|---|---|---|"]
-    for row in results["rows"]:
-        if row["contestant"] != FLOOR:
-            label = results["labels"][row["contestant"]]
-            lines.append(f"| `{row['operation']}` | {label} | {row['furthest']:.1e} |")
-    lines += ["", "## Goals", "", "| operation | goal | value | wanted | met |", "|---|---|---|---|---|"]
-    for goal in results["goals"]:
-        met = {True: "yes", False: "**no**", None: "shown only"}[goal["met"]]
-        lines.append(f"| `{goal['operation']}` | {goal['goal']} | {goal['value']} | {_wanted(goal)} | {met} |")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "probes-benchmark.md"
-    path.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-    tell(f"{path}")
+    rows = [
+        (f"`{row['operation']}`", results["labels"][row["contestant"]], f"{row['furthest']:.1e}")
+        for row in results["rows"]
+        if row["contestant"] != FLOOR
+    ]
+    about = "Of the worst fit, by the objective in float64, relative to the least that gapprobe certifies."
+    text += section("Distance from the optimum", ("operation", "contestant", "distance"), rows, about)
+    write(folder / "probes-benchmark.md", text + goals_section(results["goals"]))
 
 
 def main(options: Options) -> None:
     """Measure, or render what was measured."""
     if options.table:
         render(options.table, options.docs)
-        return
-    target = options.json or (None if options.quick else unused(RESULTS, "probes"))
-    if target and target.exists():
-        sys.exit(f"{target} exists; results are never written over")
-    try:
-        results = benchmark(options)
-    except WrongFit as error:
-        sys.exit(f"stopped: {error}")
-    for goal in results["goals"]:
-        met = {True: "met", False: "MISSED", None: "shown only"}[goal["met"]]
-        tell(f"{goal['operation']:<22} {goal['goal']:<54} {goal['value']:8.2f} {_wanted(goal):<13} {met}")
-    text = json.dumps(results, indent=1)
-    if target:
-        target.write_text(text + "\n", encoding="utf-8")
-        tell(f"{target}")
     else:
-        print(text)
+        keep("probes", options, lambda: benchmark(options))
 
 
 def _said(count: int, furthest: float, promised: bool) -> str:
@@ -418,19 +349,8 @@ def _said(count: int, furthest: float, promised: bool) -> str:
     return f"{count:,} fits, {least}: at most {furthest:.1e} of it away ({allowed})"
 
 
-def _wanted(goal: Mapping[str, Any]) -> str:
-    return next((f"{name.replace('_', ' ')} {goal[name]:g}" for name in ("at_least", "at_most") if goal.get(name)), "")
-
-
-def _refuse_unknown(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    if unknown := sorted(set(names) - set(known)):
-        sys.exit(f"no {what} {unknown[0]!r}; there are {', '.join(known)}")
-
-
 if __name__ == "__main__":
-    options = tyro.cli(Options)
-    # Libraries look at these when they are loaded, which has happened: once more, from the beginning.
-    if not options.table and any(os.environ.get(name) != value for name, value in _ONE_THREAD.items()):
-        os.environ.update(_ONE_THREAD)
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.probes", *sys.argv[1:]])
-    main(options)
+    chosen = tyro.cli(Options)
+    if not chosen.table:
+        restart_in_one_thread("benchmarks.probes")
+    main(chosen)

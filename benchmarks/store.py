@@ -19,7 +19,7 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,15 @@ from benchmarks._measure import (
     drop,
     files_of,
     machine,
-    tell,
     timed,
-    unused,
     versions,
 )
+from benchmarks._outcome import Runs, WrongResult, keep, refuse_unknown, write
 from benchmarks._render import markdown, picture
 from benchmarks.store_contestants import Contestant, Plain, PlainDirect
 from benchmarks.store_data import Data, make_data
 from benchmarks.store_peers import CONTESTANTS
 
-RESULTS = Path(__file__).parent / "results"
 _FULL_GB, _QUICK_GB = 2.0, 0.25
 _ROWS_READ, _BATCH_READ = 50, 64
 OURS = "gapprobe"
@@ -120,27 +118,6 @@ TITLES = {
 }
 
 
-class WrongData(Exception):
-    """A contestant gave other data than it was given; it is none, and its timings mean nothing."""
-
-
-@dataclass
-class Timings:
-    """What was measured for one operation of one contestant."""
-
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    check: str = ""
-
-    def add(self, cost: Cost, divisor: int, check: str) -> None:
-        """Add a run that did something `divisor` times."""
-        self.seconds.append(round(cost.seconds / divisor, 7))
-        self.cpu_seconds.append(round(cost.cpu_seconds / divisor, 7))
-        self.peak_bytes = max(self.peak_bytes, cost.peak_bytes)
-        self.check = check
-
-
 class Benchmark:
     """All contestants on the same data, in turn, round by round."""
 
@@ -149,7 +126,7 @@ class Benchmark:
         self.folder = folder
         self.contestants = contestants
         self.runs = runs
-        self.timings: dict[tuple[str, str], Timings] = {}
+        self.timings = Runs()
         self.left_in_cache: dict[str, int] = {}
         self._order = random.Random(0)
 
@@ -157,7 +134,7 @@ class Benchmark:
         """Write in every round, then read in every round.
 
         Raises:
-            WrongData: a contestant gave other data than it was given.
+            WrongResult: a contestant gave other data than it was given.
         """
         for _ in range(self.runs):
             for contestant in self._turns():
@@ -177,21 +154,9 @@ class Benchmark:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of the results, by operation, then contestant."""
-        return [
-            {
-                "operation": operation,
-                "contestant": contestant.name,
-                "seconds": timings.seconds,
-                "cpu_seconds": timings.cpu_seconds,
-                "peak_bytes": timings.peak_bytes,
-                "floor": None if operation == "open" else Plain.name,
-                "check": timings.check,
-            }
-            for operation in TITLES
-            if can_drop or not (operation == "open" or operation.endswith("-cold"))
-            for contestant in self.contestants
-            if (timings := self.timings.get((operation, contestant.name)))
-        ]
+        measured = [name for name in TITLES if can_drop or not (name == "open" or name.endswith("-cold"))]
+        names = [each.name for each in self.contestants]
+        return self.timings.rows(measured, names, lambda operation: None if operation == "open" else Plain.name)
 
     def _turns(self) -> list[type[Contestant]]:
         """Return the contestants in another order every time, so that none always follows the same one."""
@@ -227,7 +192,7 @@ class Benchmark:
         else:
             found = ((reader.layer(layer), self.data.layer(layer)) for layer in range(self.data.layers))
         if any(_differing(a, b) for a, b in found):
-            raise WrongData(f"{contestant.name} does not hold what was written")
+            raise WrongResult(f"{contestant.name} does not hold what was written")
         reader.close()
         self._cool(contestant, sparing_memory=True)
 
@@ -241,7 +206,7 @@ class Benchmark:
         (reader, count), cost = timed(open_and_count)
         reader.close()
         if count != len(self.data.rows):
-            raise WrongData(f"{contestant.name} counts {count} rows where {len(self.data.rows)} were written")
+            raise WrongResult(f"{contestant.name} counts {count} rows where {len(self.data.rows)} were written")
         self._add("open", contestant, cost, f"{count} rows counted: equal")
 
     def _read(self, contestant: type[Contestant], reading: Reading, pick: Pick, expected: list[Tensor]) -> None:
@@ -285,7 +250,7 @@ class Benchmark:
             expected = _stream(self.data, [tensor.nbytes for tensor in expected])
         differing = sum(_differing(a, b) for a, b in zip(found, expected, strict=True))
         if differing:
-            raise WrongData(f"{contestant.name}, {reading.name}: {differing} bytes differ from what was written")
+            raise WrongResult(f"{contestant.name}, {reading.name}: {differing} bytes differ from what was written")
         what = "as many of the bytes written" if contestant is Plain else "all values"
         return f"{what} ({values:,} of 16 bits) compared with the rows in memory, bit for bit: equal"
 
@@ -296,20 +261,17 @@ class Benchmark:
             self.left_in_cache[contestant.name] = max(left, self.left_in_cache.get(contestant.name, 0))
 
     def _add(self, operation: str, contestant: type[Contestant], cost: Cost, check: str, divisor: int = 1) -> None:
-        self.timings.setdefault((operation, contestant.name), Timings()).add(cost, divisor, check)
-        tell(f"{operation:<17} {contestant.name:<20} {cost.seconds / divisor:10.5f} s  {cost.peak_bytes / 1e6:8.1f} MB")
+        self.timings.add(operation, contestant.name, cost, divisor, digits=7).check = check
 
 
 def benchmark(data: Data, folder: Path, runs: int, only: Sequence[str] = ()) -> dict[str, Any]:
     """Run all contestants that can be imported; return the results as in `benchmarks/README.md`.
 
     Raises:
-        WrongData: a contestant gave other data than it was given.
+        WrongResult: a contestant gave other data than it was given.
         SystemExit: a name in `only` is none, or the disk has no room.
     """
-    unknown = set(only) - {contestant.name for contestant in CONTESTANTS}
-    if unknown:
-        sys.exit(f"no contestant {sorted(unknown)[0]!r}; there are {', '.join(c.name for c in CONTESTANTS)}")
+    refuse_unknown("contestant", only, [each.name for each in CONTESTANTS])
     chosen = [each for each in CONTESTANTS if not only or each.name in {*only, Plain.name}]
     left_out = {each.name: reason for each in chosen if (reason := _missing(each, folder))}
     contestants = [each for each in chosen if each.name not in left_out]
@@ -356,13 +318,9 @@ def render(source: Path, folder: Path) -> None:
         f"{data['bytes'] / 1e9:.2f} GB of {data['dtype']}: {data['rows']:,} rows of 20 to 40 tokens, "
         f"{data['layers']} layers of width {data['width']:,}."
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, text in (
-        (folder / "store-benchmark.md", markdown(results, TITLES, OURS, f"Store benchmark ({source.stem})", about)),
-        (folder / "store-benchmark.svg", picture(results, TITLES, OURS, "Keeping activations on disk", about)),
-    ):
-        path.write_text(text, encoding="utf-8")
-        tell(f"{path}")
+    title = f"Store benchmark ({source.stem})"
+    write(folder / "store-benchmark.md", markdown(results, TITLES, OURS, title, about))
+    write(folder / "store-benchmark.svg", picture(results, TITLES, OURS, "Keeping activations on disk", about))
 
 
 def main(options: Options) -> None:
@@ -370,19 +328,14 @@ def main(options: Options) -> None:
     if options.table:
         render(options.table, options.docs)
         return
-    target = options.json or (None if options.quick else unused(RESULTS, "store"))
-    if target and target.exists():
-        sys.exit(f"{target} exists; results are never written over")
-    gigabytes = options.size_gb or (_QUICK_GB if options.quick else _FULL_GB)
-    # The quick form has several shards too.
-    data = replace(make_data(int(gigabytes * 1e9)), shard_bytes=(64 if options.quick else 256) << 20)
-    results = benchmark(data, options.folder, options.runs or (3 if options.quick else 5), options.only)
-    text = json.dumps(results, indent=1)
-    if target:
-        target.write_text(text + "\n", encoding="utf-8")
-        tell(f"{target}")
-    else:
-        print(text)
+
+    def measure() -> dict[str, Any]:
+        gigabytes = options.size_gb or (_QUICK_GB if options.quick else _FULL_GB)
+        # The quick form has several shards too.
+        data = replace(make_data(int(gigabytes * 1e9)), shard_bytes=(64 if options.quick else 256) << 20)
+        return benchmark(data, options.folder, options.runs or (3 if options.quick else 5), options.only)
+
+    keep("store", options, measure)
 
 
 def _missing(contestant: type[Contestant], folder: Path) -> str:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks import cosine
-from benchmarks.cosine import FLOOR, OURS, Operation, Options, WrongCosine, benchmark, goals, main, render
+from benchmarks._outcome import WrongResult
+from benchmarks.cosine import FLOOR, OURS, Operation, Options, benchmark, goals, main, render
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_every_contestant_runs_every_operation_in_every_round(results):
 @pytest.mark.parametrize("off", [1e-4, np.nan])
 def test_a_contestant_that_is_off_is_refused(off):
     wrong = Operation("cosine-raw-x", "X", 8, np.ones((1, 3)), {"sloppy": lambda: np.array([[1, 1 + off, 1]])})
-    with pytest.raises(WrongCosine, match="sloppy is off by .* in cosine-raw-x"):
+    with pytest.raises(WrongResult, match="sloppy is off by .* in cosine-raw-x"):
         wrong.run(["sloppy"])
 
 

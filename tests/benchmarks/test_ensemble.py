@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks import ensemble as bench
-from benchmarks.ensemble import EXACT, FLOOR, LOOP, OURS, STRENGTHS, Options, Work, WrongFit, benchmark, compared, make
+from benchmarks._outcome import WrongResult
+from benchmarks.ensemble import EXACT, FLOOR, LOOP, OURS, STRENGTHS, Options, Work, benchmark, compared, make
 from benchmarks.probes_data import FOLDS, make_layer
 from gapprobe.probes.adapters import ModuleProbe
 
@@ -49,9 +50,9 @@ def test_work_that_is_not_the_same_is_refused():
     ours, theirs, twins = bench.ensemble(work), bench.loop(work), (bench.ensemble(exact), bench.loop(exact))
     assert compared(work, ours, theirs, twins).startswith("log-odds of 20 members")
     other = (torch.arange(20) == 3)[:, None]
-    with pytest.raises(WrongFit, match="log-odds of member 3 are"):
+    with pytest.raises(WrongResult, match="log-odds of member 3 are"):
         compared(work, ours + 0.5 * other, theirs, twins)
-    with pytest.raises(WrongFit, match="of half 1.0e-03"):
+    with pytest.raises(WrongResult, match="of half 1.0e-03"):
         compared(work, ours * 1.001, theirs, twins)
-    with pytest.raises(WrongFit, match="log-odds of member 3 in float64 are"):
+    with pytest.raises(WrongResult, match="log-odds of member 3 in float64 are"):
         compared(work, ours, theirs, (twins[0] + 1e-6 * other, twins[1]))

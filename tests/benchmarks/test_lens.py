@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from benchmarks._outcome import WrongResult
 from benchmarks.lens import (
     AIMED,
     FLOOR,
@@ -12,7 +13,6 @@ from benchmarks.lens import (
     SHAPES,
     Benchmark,
     Options,
-    WrongReading,
     benchmark,
     compared,
     goals,
@@ -63,7 +63,7 @@ def test_a_contestant_that_reads_something_else_is_refused(case, what):
         "top_log_prob": {"top_log_prob": found.top_log_prob.flip(2)},
         "shape": {name: None if each is None else each[:, :6] for name, each in vars(found).items()},
     }[what]
-    with pytest.raises(WrongReading, match="gapprobe"):
+    with pytest.raises(WrongResult, match="gapprobe"):
         compared(OURS, case, truth, dataclasses.replace(found, **change))
 
 
@@ -74,7 +74,7 @@ def test_a_wrong_contestant_ends_the_benchmark(case):
         def logits(self, x):
             return x @ self.case.unembedding.weight.T
 
-    with pytest.raises(WrongReading, match="unnormed"):
+    with pytest.raises(WrongResult, match="unnormed"):
         Benchmark([Matmul, Gapprobe, Unnormed], runs=1).case(case)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import _measure
-from benchmarks.store import OURS, READINGS, TITLES, Benchmark, Options, Timings, WrongData, benchmark, main, render
+from benchmarks._outcome import WrongResult
+from benchmarks.store import OURS, READINGS, TITLES, Benchmark, Options, benchmark, main, render
 from benchmarks.store_contestants import Memmap, Plain
 from benchmarks.store_data import make_data
 from benchmarks.store_peers import CONTESTANTS
@@ -53,7 +54,7 @@ def test_a_contestant_that_gives_other_data_is_refused(tmp_path, wrong):
         return changed if isinstance(result, list) else changed[0]
 
     setattr(Flipped, wrong, flip)
-    with pytest.raises(WrongData, match="flipped"):
+    with pytest.raises(WrongResult, match="flipped"):
         Benchmark(DATA, tmp_path, [Plain, Flipped], runs=1).run()
 
 
@@ -137,13 +138,6 @@ def test_bytes_in_the_page_cache_are_counted_and_dropped(tmp_path):
     assert _measure._resident(tmp_path / "deep" / "file") == 11 * mmap.PAGESIZE
     left = 11 * mmap.PAGESIZE if _measure.machine(tmp_path)["filesystem"] == "tmpfs" else 0
     assert _measure.drop(tmp_path) == left
-
-
-def test_costs_of_something_done_often_are_of_one_time():
-    timings = Timings()
-    timings.add(_measure.Cost(3.0, 1.5, 10), 3, "equal")
-    timings.add(_measure.Cost(6.0, 1.5, 7), 3, "equal")
-    assert (timings.seconds, timings.cpu_seconds, timings.peak_bytes) == ([1.0, 2.0], [0.5, 0.5], 10)
 
 
 def test_each_reading_is_timed_cold_and_warm():
