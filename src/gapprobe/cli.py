@@ -334,6 +334,8 @@ def read_words(
     import gapprobe as gp
     from gapprobe.lens.plotting import by_layer
 
+    if by is not None and (targets is None or position is None):
+        raise ConfigError("--by groups the rows of the figure by layer, which wants --targets and --position too")
     kept = gp.open_store(folder)
     if by is not None and by not in kept.rows:
         raise ConfigError(f"--by: {folder} has no column {by!r}; it has {', '.join(map(str, kept.rows.columns))}")

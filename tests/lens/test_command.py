@@ -47,7 +47,8 @@ def test_words_of_all_tokens_without_norm(store, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--by", "colour"], "no column 'colour'; it has"),
+        (["--by", "colour", "--targets", "next", "--position", "last_input"], "no column 'colour'; it has"),
+        (["--by", "setting"], "wants --targets and --position too"),
         (["--row", "x"], "no row 'x'"),
         (["--targets", "colour"], "no column 'colour'; targets are"),
         (["--lens", "nowhere"], "no lens is called 'nowhere'"),

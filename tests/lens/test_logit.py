@@ -1,5 +1,8 @@
 """The lens over a store: conventions, targets, resuming, refusals, and the same numbers as the kernel's definition."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -181,6 +184,62 @@ def test_blocks_of_rows_change_nothing_and_a_stopped_call_goes_on(answered, mode
     assert len(asked) == before
     logit_lens(answered, model, "next", top_k=4, folder=tmp_path, norm=False)
     assert len(asked) > before  # another convention is another result
+
+
+def test_kept_results_are_of_one_store_one_end_and_read_anew_where_they_are_damaged(
+    store_of, head, residuals, tmp_path
+):
+    given = {"position": "last_input", "folder": tmp_path / "kept"}
+    one = logit_lens(store_of(residuals, IDS), head, np.arange(9), **given)
+    # Another store of the same header and ids, another end of the same shape: other numbers.
+    shutil.rmtree(tmp_path / "store")
+    store = store_of(-residuals, IDS)
+    other = logit_lens(store, head, np.arange(9), **given)
+    np.testing.assert_array_equal(other.log_prob, logit_lens(store, head, np.arange(9), position="last_input").log_prob)
+    assert not np.allclose(one.log_prob, other.log_prob)
+    scaled = replace(head, gain=head.gain * 2)
+    np.testing.assert_array_equal(
+        logit_lens(store, scaled, np.arange(9), **given).log_prob,
+        logit_lens(store, scaled, np.arange(9), position="last_input").log_prob,
+    )
+    files = sorted((tmp_path / "kept").iterdir())
+    assert len(files) == 3
+    for spoil in (b"", b"no safetensors", files[0].read_bytes()[:-5]):
+        for file in files:
+            file.write_bytes(spoil)
+        again = logit_lens(store, head, np.arange(9), **given)
+        np.testing.assert_array_equal(again.log_prob, other.log_prob)
+
+
+def test_an_answer_without_the_token_before_it_has_no_probability(tmp_path, store_of, head, residuals):
+    """Row a keeps prompt and answer; row b the answer alone, whose first token cannot be read; row c no answer."""
+    header = store_of(residuals, IDS).header
+    answer, asked = ROLES["answer"], ROLES["question"]
+    with StoreWriter(tmp_path / "answers", header) as writer:
+        for name, roles in (("a", [asked, answer, answer]), ("b", [answer, answer]), ("c", [asked, asked])):
+            n = len(roles)
+            tokens, codes = torch.arange(n), torch.zeros(n, dtype=torch.uint8)
+            x = torch.randn(4, n, 8, generator=torch.Generator().manual_seed(n))
+            row = StoredRow(name, {}, x, tokens, torch.arange(n), torch.tensor(roles, dtype=torch.uint8), codes)
+            writer.append([row])
+    found = logit_lens(open_store(tmp_path / "answers"), head, "next")
+    sums = found.answers()
+    np.testing.assert_allclose(sums[:, found.ids.index("a")], found.log_prob[:, :2, 0].sum(1), rtol=1e-6)
+    assert np.isnan(sums[:, [found.ids.index("b"), found.ids.index("c")]]).all()
+
+
+def test_a_lens_says_what_it_was_made_for(store_of, head, residuals):
+    store = store_of(residuals, IDS)
+    for name, value, message in (
+        ("weights", "0" * 64, "made for weights 0000"),
+        ("last", 7, "leads to layer 7, the model's last is 3"),
+    ):
+        lens = Halved()
+        setattr(lens, name, value)
+        with pytest.raises(DataError, match=message):
+            logit_lens(store, head, lens=lens, position="last_input")
+    lens.last, lens.weights = 3, WEIGHTS
+    logit_lens(store, head, lens=lens, position="last_input", weights=WEIGHTS)
 
 
 def test_the_next_token_is_the_one_at_the_next_position_of_the_same_row(tmp_path, store_of, head, residuals):

@@ -1,6 +1,7 @@
 """What was read: tables, first layers, files, figures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -211,3 +212,23 @@ def test_groups_of_rows_by_layer(store_of):
     line = clustered[clustered["group"] == "b"]
     np.testing.assert_allclose(line["ci_low"], [mean.low for mean in expected])
     np.testing.assert_allclose(line["ci_high"], [mean.high for mean in expected])
+
+
+def test_a_row_without_a_cluster_or_twice_in_it_is_refused(store_of):
+    ids = tuple(f"row-{i}" for i in range(3))
+    store = store_of(torch.randn(2, 3, 4), ids)
+    found = gp.logit_lens(store, Unembedding(torch.eye(4)), np.zeros(3, dtype=int), position="last_input")
+    with pytest.raises(DataError, match="clusters: 1 rows have none, such as row-2"):
+        found.by_layer(clusters=pd.Series(["x", "y"], index=ids[:2]))
+    with pytest.raises(DataError, match="clusters: an id stands twice"):
+        found.by_layer(clusters=pd.Series(["x", "y", "z", "z"], index=[*ids, ids[0]]))
+
+
+def test_a_row_without_tokens_cannot_be_shown(reading):
+    empty = replace(reading, ids=("none", "one", "two"), row=reading.row + 1)
+    with pytest.raises(DataError, match="row none has no tokens to show"):
+        empty.of("none")
+    assert empty.plot().to_json() == reading.plot("one").to_json()
+    nothing = reading._lines(np.zeros(4, dtype=bool), ())
+    with pytest.raises(DataError, match="no tokens to draw"):
+        nothing.plot()

@@ -144,7 +144,7 @@ def test_kept_readings_of_two_lenses_are_told_apart(planted, tmp_path):
 def test_a_lens_of_another_model_is_refused(planted):
     store, _, end = planted
     lens = TunedLens((0, 1), torch.zeros(2, 6, 6), torch.zeros(2, 6), 2, weights="0" * 64)
-    with pytest.raises(DataError, match="trained for weights 0000"):
+    with pytest.raises(DataError, match="made for weights 0000"):
         gp.logit_lens(store, end, position="last_input", lens=lens)
 
 

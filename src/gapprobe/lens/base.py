@@ -20,7 +20,10 @@ from gapprobe.registry import Registry
 class Lens(Protocol):
     """A kind of lens. The last layer is never translated.
 
-    A lens whose result depends on more than its name also has `fingerprint`, a string: kept results are known by it.
+    More that a lens may have, and need not: `fingerprint`, a string that is another one whenever it would translate
+    otherwise; results are kept (`folder`) under it, and not without. `weights`, the fingerprint of the model weights
+    that it was made for ("" for any), and `last`, the number of the last layer that it leads to: a store of others is
+    refused.
     """
 
     @property
@@ -60,9 +63,11 @@ class LogitLens:
     """The residual stream as it is (nostalgebraist 2020, "interpreting GPT: the logit lens")."""
 
     name = "logit"
+    fingerprint = "the residual stream as it is"
 
-    def translate(self, x: Float[Tensor, "n d"], layer: int) -> Float[Tensor, "n d"]:  # noqa: ARG002 (the protocol)
+    def translate(self, x: Float[Tensor, "n d"], layer: int) -> Float[Tensor, "n d"]:
         """Return x."""
+        del layer
         return x
 
 

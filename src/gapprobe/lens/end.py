@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import torch
+import xxhash
 
 from gapprobe.errors import StoreError
 from gapprobe.kernels.logit_lens import Unembedding
@@ -11,6 +15,21 @@ from gapprobe.store.reader import Store
 
 if TYPE_CHECKING:
     from gapprobe.models.model import Model
+
+
+TENSORS = ("weight", "bias", "gain", "shift")
+
+
+def hash_of(end: Unembedding) -> str:
+    """Return a hash of an end's parts, by which what was computed with it is known."""
+    digest = xxhash.xxh3_128(json.dumps([end.norm, end.eps, end.cap]).encode())
+    for name in TENSORS:
+        part = getattr(end, name)
+        told = "none" if part is None else f"{tuple(part.shape)} {part.dtype}"
+        digest.update(f"{name} {told}".encode())
+        if part is not None:
+            digest.update(memoryview(part.detach().cpu().contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def end_of(model: Model | Unembedding, store: Store, weights: str | None = None) -> tuple[int, Unembedding, str]:
@@ -37,7 +56,7 @@ def end_of(model: Model | Unembedding, store: Store, weights: str | None = None)
             f"the store's residuals are {store.header.width} wide, the unembedding {end.weight.shape[1]}: they belong "
             "to different models"
         )
-    parts = {name: getattr(end, name) for name in ("weight", "bias", "gain", "shift")}
+    parts = {name: getattr(end, name) for name in TENSORS}
     # A model's parameters want gradients; nobody wants them here.
     return (
         last,

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from gapprobe.errors import ConfigError, DataError
 from gapprobe.kernels.logit_lens import Unembedding, read
 from gapprobe.lens.base import Lens, find_lens
-from gapprobe.lens.end import end_of
+from gapprobe.lens.end import end_of, hash_of
 from gapprobe.lens.reading import LensReading, join, load_lens_reading
+from gapprobe.store.columns import by_id
 from gapprobe.store.reader import Store, TokenBatch
 
 if TYPE_CHECKING:
@@ -86,13 +87,13 @@ def logit_lens(
     """
     last, end, weights = end_of(model, store, weights)
     kind = find_lens(lens)
-    mark = getattr(kind, "fingerprint", kind.name if isinstance(lens, str) else None)
+    _refuse_foreign(kind, weights, last)
+    mark = getattr(kind, "fingerprint", None)
     if folder is not None and mark is None:
         raise ConfigError(
-            f"the lens {kind.name!r} has no `fingerprint`, so kept results could be another lens'; add one"
+            f"the lens {kind.name!r} has no `fingerprint`, so kept results could be another lens'; add one, or leave "
+            "`folder` out"
         )
-    if kind.name == "tuned" and getattr(kind, "weights", "") not in ("", weights):
-        raise DataError(f"the lens was trained for weights {getattr(kind, 'weights', '')}, the store has {weights}")
     ids = list(store.ids if rows is None else rows)
     chosen = list(store.header.layers if layers == "all" else layers)
     for layer in chosen:
@@ -114,7 +115,9 @@ def logit_lens(
     head = end if norm else replace(end, norm="none", gain=None, shift=None)
     label = f"{kind.name} lens, {'final norm at every layer' if norm else 'no final norm'}"
     label += f", target: {told}" if told else ""
-    about = [store.header.fingerprint, str(mark), label, str(chosen), str(position), str(top_k), str(divergence)]
+    about = [str(mark), label, str(chosen), str(position), str(top_k), str(divergence)]
+    if folder is not None:
+        about += [store.content, hash_of(end) if isinstance(model, Unembedding) else weights]
 
     read_layers = list(dict.fromkeys([*chosen, last])) if divergence else chosen
     parts: list[LensReading] = []
@@ -123,15 +126,34 @@ def logit_lens(
             own_ids, own = ids[block], wanted[block]
             key = hashlib.sha256(json.dumps([about, own_ids, own.tolist()]).encode()).hexdigest()
             path = None if folder is None else Path(folder) / f"lens-{key[:32]}.safetensors"
-            if path is not None and path.exists():
-                parts.append(load_lens_reading(path))
-            else:
+            part = None if path is None else _kept(path)
+            if part is None:
                 batch = store.batch(own_ids, read_layers, position)
-                parts.append(_read(batch, kind, head, own, told, chosen, last, top_k, divergence, label))
+                part = _read(batch, kind, head, own, told, chosen, last, top_k, divergence, label)
                 if path is not None:
-                    parts[-1].save(path)
+                    part.save(path)
+            parts.append(part)
             bar.update(len(own_ids))
     return join(parts)
+
+
+def _refuse_foreign(lens: Lens, weights: str, last: int) -> None:
+    """Raise DataError where a lens says that it was made for another model; see `Lens`."""
+    made_for, leads_to = getattr(lens, "weights", ""), getattr(lens, "last", last)
+    if made_for not in ("", weights):
+        raise DataError(f"the {lens.name} lens was made for weights {made_for}, the store has {weights}")
+    if leads_to != last:
+        raise DataError(f"the {lens.name} lens leads to layer {leads_to}, the model's last is {last}")
+
+
+def _kept(path: Path) -> LensReading | None:
+    """Return what an earlier run left; None where there is nothing, or nothing that can be read."""
+    if not path.exists():
+        return None
+    try:
+        return load_lens_reading(path)
+    except DataError:
+        return None
 
 
 def _blocks(store: Store, ids: Sequence[str], layers: int, position: str | None) -> list[slice]:
@@ -229,13 +251,7 @@ def _targets(
 def _of_series(
     model: Model | Unembedding, targets: pd.Series, ids: Sequence[str]
 ) -> tuple[Int64[np.ndarray, "n q"], str]:
-    if not targets.index.is_unique:
-        raise DataError("targets: an id stands twice in the index; give one value a row")
-    given = targets.reindex(list(ids))
-    if given.isna().any():
-        lost = given.index[given.isna()]
-        raise DataError(f"targets: {len(lost)} rows have none, such as {lost[0]}; give every row one")
-    values = given.tolist()
+    values = by_id(targets, ids, "targets").tolist()
     if all(isinstance(value, str) for value in values):
         if isinstance(model, Unembedding):
             raise DataError("targets in words need the model, for its tokenizer; its end alone has none")

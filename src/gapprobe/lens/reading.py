@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from gapprobe import stats
 from gapprobe.errors import DataError
 from gapprobe.files import write_bytes
+from gapprobe.store.columns import by_id
 from gapprobe.store.format import ROLES
 
 if TYPE_CHECKING:
@@ -130,10 +131,13 @@ class LensReading:
         if self.targets.shape[1] != 1 or "next token" not in self.label:
             raise DataError('answers are read off a reading with targets="next" of all tokens')
         part = np.zeros(len(self.row), dtype=bool)
-        part[:-1] = (self.token_roles[1:] == ROLES["answer"]) & (self.row[1:] == self.row[:-1])
+        same = self.row[1:] == self.row[:-1]
+        part[:-1] = (self.token_roles[1:] == ROLES["answer"]) & same
+        first = np.ones(len(self.row), dtype=bool)
+        first[1:] = ~same
+        headless = self.row[first & (self.token_roles == ROLES["answer"])]
         sums = np.full((len(self.layers), len(self.ids)), np.nan)
-        there = np.unique(self.row[part])
-        sums[:, there] = 0.0
+        sums[:, np.setdiff1d(self.row[part], headless)] = 0.0  # NaN stays NaN, whatever is added
         values = np.where(self.targets[:, 0] >= 0, self.log_prob[..., 0], np.nan)
         for i, line in enumerate(sums):
             np.add.at(line, self.row[part], values[i, part])
@@ -163,16 +167,16 @@ class LensReading:
             group, layer, probability, ci_low, ci_high, n.
 
         Raises:
-            DataError: the reading has no targets, or not one token a row.
+            DataError: the reading has no targets, or not one token a row; or a row has no cluster.
         """
         if not self.targets.shape[1] or len(self.row) != len(set(self.row.tolist())):
             raise DataError("means over rows want one token a row and a target: read with `position` and `targets`")
-        ids = np.array(self.ids, dtype=object)[self.row]
+        ids = [self.ids[i] for i in self.row.tolist()]
         group = pd.Series("all", index=ids) if groups is None else groups.reindex(ids)
         pair = clusters if isinstance(clusters, tuple) else (clusters, None)
         whole = np.zeros(len(ids), dtype=np.int64)
-        question = ids.astype(str) if pair[0] is None else pair[0].reindex(ids).to_numpy(dtype=str)
-        image = whole if pair[1] is None else pair[1].reindex(ids).to_numpy(dtype=str)
+        question = np.array(ids, dtype=str) if pair[0] is None else by_id(pair[0], ids, "clusters").to_numpy(dtype=str)
+        image = whole if pair[1] is None else by_id(pair[1], ids, "clusters").to_numpy(dtype=str)
         weights = stats.crossed_weights(question, image, replicates=replicates, seed=seed)
         lines: list[tuple[object, ...]] = []
         for name in dict.fromkeys(group.dropna()):
@@ -189,7 +193,10 @@ class LensReading:
         """
         if id not in self.ids:
             raise DataError(f"the reading has no row {id}")
-        return self._lines(self.row == self.ids.index(id), (id,))
+        some = self.row == self.ids.index(id)
+        if not some.any():
+            raise DataError(f"row {id} has no tokens to show: it could not be run, or lacks the position read")
+        return self._lines(some, (id,))
 
     def _lines(self, some: Bool[np.ndarray, " t"], ids: tuple[str, ...]) -> LensReading:
         first = {name: getattr(self, name)[some] for name in _BY_TOKEN}
@@ -208,16 +215,18 @@ class LensReading:
         """Draw one row as a heatmap, layer by token, with the most probable words on hover; see `plotting.heatmap`.
 
         Args:
-            id: of the row; the first where left out.
+            id: of the row; the first with tokens where left out.
             words: the model, for its tokenizer, or the vocabulary as text; numbers of tokens are shown without.
 
         Raises:
-            DataError: there is no such row, or it has no tokens.
+            DataError: there is no such row, or it has no tokens; or it has neither targets nor top words.
             ConfigError: plotly is not installed.
         """
         from gapprobe.lens.plotting import heatmap
 
-        return heatmap(self.of(self.ids[0] if id is None else id), words)
+        if id is None and not len(self.row):
+            raise DataError("the reading has no tokens to draw")
+        return heatmap(self.of(self.ids[self.row[0]] if id is None else id), words)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file; `load_lens_reading` reads it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -64,8 +64,9 @@ def train_tuned_lens(
 ) -> TrainedLens:
     """Train a translator for every layer, and say by how much it beats the logit lens on rows held out.
 
-    Adam on standardised residuals, the rate rising over the first tenth of the steps and falling to 0 from there. The
-    standardisation is folded into the translators. The same store, settings and machine give the same lens.
+    Adam on standardised residuals, the rate rising over the first tenth of the steps and falling to 0 from there. Mean
+    and spread are those of the first batch; they set the scale of the steps only, and are folded into the translators.
+    The same store, settings and machine give the same lens.
 
     Args:
         store: activations with several tokens a row, the model's last layer among its layers.
@@ -113,9 +114,9 @@ def train_tuned_lens(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min(1.0, (step + 1) / warm) * (1.0 - max(0, step - warm) / max(1, steps - warm))
     )
-    x = first
     bar = tqdm(range(steps), desc="tuned lens", unit="step", disable=not progress)
-    for _ in bar:
+    for step in bar:
+        x = _finite(next(batches), read_layers) if step else first
         optimiser.zero_grad(set_to_none=False)
         loss = 0.0
         for part in x.split(max(1, LOGITS // len(end.weight)), dim=1):
@@ -131,7 +132,6 @@ def train_tuned_lens(
         optimiser.step()
         schedule.step()
         bar.set_postfix(kl=f"{loss / len(chosen):.3f}")
-        x = _finite(next(batches), read_layers)
     with torch.no_grad():
         folded = spread * weight / scale
         shift = (spread[:, 0] * bias) - torch.einsum("l a d, l d -> l a", folded, mean[:, 0])
@@ -193,9 +193,8 @@ def _judged(
         none = torch.empty(x.shape[1], 0, dtype=torch.int64)
         for name, kind in kinds.items():
             moved = torch.stack([kind.translate(part, layer) for part, layer in zip(x, lens.layers, strict=False)])
-            kl = read(moved, end, none, final=x[-1]).kl
-            assert kl is not None
-            sums[name] += kl.double().sum(1).numpy()
+            found = read(moved, end, none, final=x[-1])
+            sums[name] += cast(Tensor, found.kl).double().sum(1).numpy()  # there because `final` is
         count += x.shape[1]
     if not count:
         raise DataError("the rows held out have no tokens")

@@ -29,7 +29,15 @@ def aligned(table: pd.DataFrame, given: Column, ids: Sequence[str], what: str) -
     Raises:
         DataError: there is no such column, an id stands twice in the index, or a row has no value.
     """
-    column = column_of(table, given, what) if isinstance(given, str) else given
+    return by_id(column_of(table, given, what) if isinstance(given, str) else given, ids, what)
+
+
+def by_id(column: pd.Series, ids: Sequence[str], what: str) -> pd.Series:
+    """Return a series' value of every row, in the order of `ids`, which may hold an id several times.
+
+    Raises:
+        DataError: an id stands twice in the index, or a row has no value.
+    """
     column = column.set_axis(column.index.map(str))  # ids are text, whatever pandas made of them
     if not column.index.is_unique:
         raise DataError(f"{what}: an id stands twice in its index; give one value a row")
