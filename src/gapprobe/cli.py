@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Positional = tyro.conf.Positional
 Family = Literal["llava", "instructblip", "both"]
 Config = Annotated[Positional[Path], tyro.conf.arg(metavar="CONFIG.toml", help="the study")]
+Data = Annotated[tuple[str, ...], tyro.conf.arg(help="some of the file's [data.…] tables; all if none", metavar="NAME")]
 OUT = Path("gapprobe-study")
 Model = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL", help="a folder or a Hugging Face id")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], tyro.conf.arg(help="weights; auto is as saved")]
@@ -143,81 +144,156 @@ def capture(
 @study.command
 def run(
     configs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")],
+    data: Data = (),
     out: Out = OUT,
 ) -> None:
     """Run one or more studies, each on one model, into one report.
 
-    The steps are capture (answers and residual streams), gap (judging, and which trials count), probe, lens, cosine
-    and selective; each is a command of its own too. A finished step is not run again; a changed setting of the
-    analysis runs the analysis again and keeps the activations.
+    The steps are capture (answers and residual streams), gap (judging, and which trials count), judges, choices,
+    probe, lens, cosine and selective; each is a command of its own too. A finished step is not run again; a changed
+    setting of the analysis runs the analysis again and keeps the activations. `study plan` says beforehand what it
+    takes, `study status` how far it is.
 
     For example:
         gapprobe study run my-study.toml --out runs/mine
+        gapprobe study run configs/llava-1.6-vicuna-7b.toml --data landmarks --out runs/landmarks
         gapprobe study run llava-1.6.toml instructblip.toml --out runs/two
     """
-    from gapprobe.study.config import load_config
+    from gapprobe.study.config import load_configs
 
-    _run([load_config(path) for path in configs], out)
+    _run([config for path in configs for config in load_configs(path, data)], out)
+
+
+@study.command
+def plan(
+    configs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")],
+    data: Data = (),
+    tflops: Annotated[
+        float | None, tyro.conf.arg(help="of the device, in the study's dtype; measured if the device is here")
+    ] = None,
+) -> None:
+    """Print steps, rows, forward passes, disk, memory and hours of a study, before anything runs.
+
+    Fetches the model's configuration and processor, no weights. Hours are a lower bound.
+
+    For example:
+        gapprobe study plan configs/llava-1.6-vicuna-7b.toml --tflops 150
+    """
+    from gapprobe.models.loading import load_model
+    from gapprobe.study.config import load_configs
+    from gapprobe.study.planning import measured_tflops
+    from gapprobe.study.planning import plan as planned
+    from gapprobe.study.run import Study
+
+    for config in [config for path in configs for config in load_configs(path, data)]:
+        asked = Study(config, OUT)
+        outline = load_model(config.model_source, dtype=config.dtype, device="meta", revision=config.revision)
+        rate = tflops or measured_tflops(config.device, outline.dtype)
+        print(planned(asked, outline).told(rate, "as given" if tflops else f"matrix products on {config.device}, here"))
+
+
+@study.command
+def status(
+    configs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")],
+    data: Data = (),
+    out: Out = OUT,
+) -> None:
+    """Print how far a study is: rows captured, and which steps are done. Loads no model, and changes nothing.
+
+    For example:
+        gapprobe study status my-study.toml --out runs/mine
+    """
+    from gapprobe.study.config import load_configs
+    from gapprobe.study.planning import status as stand
+    from gapprobe.study.run import Study
+
+    for config in [config for path in configs for config in load_configs(path, data)]:
+        print(config.name)
+        for step, state in stand(Study(config, out)):
+            print(f"  {step:10} {state}")
 
 
 @study.command(name="capture")
-def capture_study(config: Config, out: Out = OUT) -> None:
+def capture_study(config: Config, data: Data = (), out: Out = OUT) -> None:
     """Ask the model everything; keep answers and residual streams. Goes on where an earlier run stopped.
 
     For example:
         gapprobe study capture my-study.toml --out runs/mine
     """
-    print(_study(config, out).capture().info())
+    print(_study(config, data, out).capture().info())
 
 
 @study.command
-def gap(config: Config, out: Out = OUT) -> None:
+def gap(config: Config, data: Data = (), out: Out = OUT) -> None:
     """Print accuracies by setting, which trials count, and the gap between told and shown, as JSON.
 
     For example:
         gapprobe study gap my-study.toml --out runs/mine | jq .gap
     """
-    _print(_study(config, out).gap())
+    _print(_study(config, data, out).gap())
 
 
 @study.command
-def probe(config: Config, out: Out = OUT) -> None:
+def judges(config: Config, data: Data = (), out: Out = OUT) -> None:
+    """Print the gap by both judges, how far they agree, and disagreements to read, as JSON.
+
+    For example:
+        gapprobe study judges my-study.toml --out runs/mine | jq '.disagreements[]'
+    """
+    _print(_study(config, data, out).judges())
+
+
+@study.command
+def choices(config: Config, data: Data = (), out: Out = OUT) -> None:
+    """Ask every question with options and print the gap by letter, option and log-probability, as JSON.
+
+    For example:
+        gapprobe study choices my-study.toml --out runs/mine | jq '.by.either.gap'
+    """
+    found = _study(config, data, out).choices()
+    if found is None:
+        raise ConfigError(f"{config} has no table [choices], so no question is asked with options; add one")
+    _print(found)
+
+
+@study.command
+def probe(config: Config, data: Data = (), out: Out = OUT) -> None:
     """Fit failure probes at every layer beside their controls; print areas and verdicts as JSON.
 
     For example:
         gapprobe study probe my-study.toml --out runs/mine | jq -r '.verdict[].sentence'
     """
-    _print({key: value for key, value in _study(config, out).probe().items() if key != "scores"})
+    _print({key: value for key, value in _study(config, data, out).probe().items() if key != "scores"})
 
 
 @study.command
-def lens(config: Config, out: Out = OUT) -> None:
+def lens(config: Config, data: Data = (), out: Out = OUT) -> None:
     """Print the answer's probability at every layer, told and shown, as JSON.
 
     For example:
         gapprobe study lens my-study.toml --out runs/mine | jq '.text, .visual'
     """
-    _print(_study(config, out).lens())
+    _print(_study(config, data, out).lens())
 
 
 @study.command
-def cosine(config: Config, out: Out = OUT) -> None:
+def cosine(config: Config, data: Data = (), out: Out = OUT) -> None:
     """Print the cosine of visual and full-information states at every layer, as JSON.
 
     For example:
         gapprobe study cosine my-study.toml --out runs/mine | jq '.success, .failure'
     """
-    _print(_study(config, out).cosine())
+    _print(_study(config, data, out).cosine())
 
 
 @study.command
-def selective(config: Config, out: Out = OUT) -> None:
+def selective(config: Config, data: Data = (), out: Out = OUT) -> None:
     """Print coverage and risk of answering only when confident, by perplexity, probe and both, as JSON.
 
     For example:
         gapprobe study selective my-study.toml --out runs/mine | jq .ensemble
     """
-    _print(_study(config, out).selective())
+    _print(_study(config, data, out).selective())
 
 
 @app.command
@@ -647,11 +723,14 @@ def _run(configs: Sequence[StudyConfig], out: Path) -> None:
     print(f"\n{results['headline']}\n\nreport   {page}\nnumbers  {out / 'results.json'}\nstore    {out / 'store'}")
 
 
-def _study(config: Path, out: Path) -> Study:
-    from gapprobe.study.config import load_config
+def _study(config: Path, data: Sequence[str], out: Path) -> Study:
+    from gapprobe.study.config import load_configs
     from gapprobe.study.run import Study
 
-    return Study(load_config(config), out)
+    found = load_configs(config, data)
+    if len(found) > 1:
+        raise ConfigError(f"{config} has {len(found)} data sets; a step is of one of them: name it with --data")
+    return Study(found[0], out)
 
 
 @store.command(name="import")

@@ -74,7 +74,8 @@ def load_model(
         processor: the processor (or tokenizer) of an instantiated model; copied, for its padding side must change.
         dtype: of the weights; "auto" takes the dtype they were saved in.
         device: "cpu", "cuda", "cuda:1", …; "auto" is a GPU where there is one, "spread" lays the blocks over all GPUs
-            and main memory (needs the package accelerate).
+            and main memory (needs the package accelerate). "meta" reads no weights at all: the model has its shapes and
+            its processor, can encode, and cannot run.
         revision: branch, tag or commit of a Hugging Face id; the commit is recorded.
         attention: attention implementation, as transformers names it ("eager", "sdpa", …); its own choice by default.
         quantized: "8bit" or "4bit" loads the weights quantised (needs the package bitsandbytes).
@@ -98,7 +99,10 @@ def load_model(
     folder, commit = _find(source, revision)
     where = str(source)
     architecture = _architecture(_read_config(folder, where), where)
-    if commit is None and random_weights is None:  # the hub's client fetches what it needs, and says what is not there
+    outline = device == "meta"
+    if (
+        commit is None and random_weights is None and not outline
+    ):  # the hub's client fetches what it needs, and says what is not there
         _require_weights(folder, where, allow_pickle)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     options |= {"local_files_only": True} if commit is None else {"revision": commit}
@@ -115,11 +119,14 @@ def load_model(
     options |= place | {"use_safetensors": None if allow_pickle else True}
     options |= {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     options |= {"attn_implementation": attention} if attention else {}
-    if random_weights is None:
+    if outline:
+        with torch.device("meta"):
+            hf = _draw_weights(kind, config, where, dtype, attention, 0)
+    elif random_weights is None:
         hf = _load_weights(kind, name, where, options)
     else:
         hf = _draw_weights(kind, config, where, dtype, attention, random_weights)
-    if not place:
+    if not place and not outline:
         cast(nn.Module, hf).to(_device(device))
     files = tuple(sorted(folder.glob("*.safetensors"))) if random_weights is None else ()
     return _finished(hf, processor, family, where, commit or "", files, random_weights)
@@ -154,7 +161,7 @@ def _finished(
             )
     ready = _ready_processor(processor, known, where)
     model = Model(hf.eval().requires_grad_(False), ready, known, where, revision, files, random_weights)
-    if family is None:
+    if family is None and hf.device.type != "meta":
         check_model(model).require()
         warnings.warn(
             f"{where}: gapprobe has no family for {type(hf).__name__} and found its parts by their shape: blocks "

@@ -110,7 +110,7 @@ class Study:
 
     @cached_property
     def _store(self) -> Store:
-        return self._capture("", list(self._calls.values()), self._decoding, self.config.layers, POSITIONS)
+        return self._capture("", self.calls, self._decoding, self.config.layers, POSITIONS)
 
     def _capture(
         self,
@@ -128,7 +128,7 @@ class Study:
         store = capture(
             self.model,
             calls,
-            self.out / "store" / (f"{self.config.name}.{what}" if what else self.config.name),
+            self.store_folder.with_name(f"{self.config.name}.{what}" if what else self.config.name),
             layers=layers,
             positions=positions,
             batch_size=self.config.batch_size,
@@ -142,9 +142,18 @@ class Study:
         self._steps.seconds[f"capture {what}".strip()] = round(time.perf_counter() - start, 3)
         return store
 
+    @property
+    def store_folder(self) -> Path:
+        """Return where the study's own calls are kept."""
+        return self.out / "store" / self.config.name
+
+    @property
+    def calls(self) -> list[Example]:
+        """Return every different call of all trials, once."""
+        return list(self._calls.values())
+
     @cached_property
     def _calls(self) -> dict[Call, Example]:
-        """Return every different call of all trials, once."""
         return {call_of(example): example for trial in self.trials for example in trial.calls}
 
     @cached_property
@@ -154,7 +163,8 @@ class Study:
         return Decoding(self.config.max_new_tokens, (self.template.stop,))
 
     @cached_property
-    def _rows(self) -> dict[Call, str]:
+    def rows(self) -> dict[Call, str]:
+        """Return the id of the row of every call."""
         return self._ids(self._calls, POSITIONS, self._decoding)
 
     def _ids(self, calls: Mapping[Call, Example], positions: Sequence[str], decoding: Decoding) -> dict[Call, str]:
@@ -167,7 +177,7 @@ class Study:
 
     def row_of(self, example: Example) -> str:
         """Return the id of the row that holds a call."""
-        return self._rows[call_of(example)]
+        return self.rows[call_of(example)]
 
     @cached_property
     def outcomes(self) -> pd.DataFrame:
@@ -264,7 +274,7 @@ class Study:
         from gapprobe.tracing.answers import Decoding
 
         calls = {call_of(trial.visual): trial.visual for trial in self.trials}
-        found: dict[str, list[str]] = {self._rows[call]: [] for call in calls}
+        found: dict[str, list[str]] = {self.rows[call]: [] for call in calls}
         for draw in range(self.config.samples.count):
             decoding = Decoding(
                 self.config.max_new_tokens,
@@ -276,19 +286,26 @@ class Study:
             answers = rows["answer"][rows["error"].isna()].to_dict()
             for call, drawn in self._ids(calls, ("last_input",), decoding).items():
                 if drawn in answers:
-                    found[self._rows[call]].append(answers[drawn])
+                    found[self.rows[call]].append(answers[drawn])
         return found
 
     def _once(self, name: str, compute: Callable[[], Json]) -> Json:
-        store = self.capture()
-        parts = (
-            importlib.metadata.version("gapprobe"),
-            self.fingerprint,
-            self.images.fingerprint,
-            self.config.model_dump_json(),
-            store.header.fingerprint,
-        )
-        return self._steps.once(name, key_of(*parts), compute)
+        return self._steps.once(name, self._key(self.capture()), compute)
+
+    def _key(self, store: Store) -> str:
+        """Return a hash of all that the result of a step depends on."""
+        parts = (self.fingerprint, self.images.fingerprint, self.config.model_dump_json(), store.header.fingerprint)
+        return key_of(importlib.metadata.version("gapprobe"), *parts)
+
+    @property
+    def step_names(self) -> tuple[str, ...]:
+        """Return the names of the steps after capture."""
+        asked = ("choices",) if self.config.choices else ()
+        return ("gap", "judges", *asked, "probe", "lens", "cosine", "selective", "gallery")
+
+    def step_state(self, name: str, store: Store) -> str:
+        """Return whether a step is "done" or "to do", or that data or settings have changed since it was."""
+        return self._steps.state(name, self._key(store))
 
     def results(self) -> Json:
         """Run whatever is not there yet; return this study's part of results.json (docs/results.md)."""
@@ -314,7 +331,7 @@ class Study:
                 "trials": len(self.trials),
                 "dropped": [{"question": q.naming(q.entity), "reason": why} for q, why in self.questions.dropped],
             },
-            "rows": _rows(store.rows.loc[sorted(set(self._rows.values()))]),
+            "rows": _rows(store.rows.loc[sorted(set(self.rows.values()))]),
             **gap,
             "published": beside(self.config.published),
             "judges": judges,

@@ -44,6 +44,13 @@ class Steps:
         self.seconds[name] = kept["seconds"]
         return kept["result"]
 
+    def state(self, name: str, key: str) -> str:
+        """Return how step `name` stands."""
+        kept = _read(self._folder / f"{name}.json")
+        if kept is None:
+            return "to do"
+        return "done" if kept.get("key") == key else "to do again: data, settings or version have changed"
+
 
 def claim(out: Path, studies: dict[str, str]) -> None:
     """Make `out` the output folder of these studies (name to fingerprint), or refuse.
