@@ -47,6 +47,7 @@ study = SubcommandApp()
 models = SubcommandApp()
 store = SubcommandApp()
 bench = SubcommandApp()
+data = SubcommandApp()
 
 
 @app.command
@@ -231,6 +232,37 @@ def gap(config: Config, data: Data = (), out: Out = OUT) -> None:
         gapprobe study gap my-study.toml --out runs/mine | jq .gap
     """
     _print(_study(config, data, out).gap())
+
+
+@study.command
+def validate(
+    config: Config,
+    data: Data = (),
+    model: Annotated[str | None, tyro.conf.arg(help="a strong model; the study's own if not given")] = None,
+    images: Annotated[int, tyro.conf.arg(help="of each entity")] = 10,
+    share: Annotated[float, tyro.conf.arg(help="an entity stays if it is named in more than this share")] = 0.5,
+    out: Out = OUT,
+) -> None:
+    """Ask a model to identify images of every entity; print which it names often enough to stay in the study.
+
+    Writes classes.csv. Take what does not stay out of the question file.
+
+    For example:
+        gapprobe study validate my-study.toml --model llava-hf/llava-v1.6-34b-hf --out runs/classes
+    """
+    from gapprobe.study.config import load_configs
+    from gapprobe.study.run import Study
+    from gapprobe.study.validation import validate_classes
+
+    asked = _study(config, data, out)
+    if model is not None:
+        told = {"model": model, "revision": None, "name": f"{asked.config.name}-classes"}
+        asked = Study(load_configs(config, data)[0].model_copy(update=told), out)
+    table = validate_classes(asked, images=images, share=share)
+    table.to_csv(out / "classes.csv", index=False)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    gone = table[~table["kept"]]["entity"].tolist()
+    print(f"{len(table) - len(gone)} of {len(table)} stay" + (f"; out: {', '.join(gone)}" if gone else ""))
 
 
 @study.command
@@ -534,6 +566,80 @@ def probes(
     print("\nfits a second by layer")
     for layer, rate in zip(table["layer"].tolist(), rates, strict=True):
         print(f"{layer:>4} {'█' * max(1, round(40 * rate / max(rates)))} {rate:.0f}")
+
+
+@data.command
+def prepare(
+    kind: Annotated[
+        Positional[Literal["mnist", "cifar100", "food101", "folder"]], tyro.conf.arg(metavar="KIND", help="of data set")
+    ],
+    source: Annotated[
+        Positional[str], tyro.conf.arg(metavar="SOURCE", help="a folder or file as published, or a Hugging Face id")
+    ],
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="images.parquet, entities.csv, source.json")],
+    split: Annotated[Literal["test", "train"], tyro.conf.arg(help="of the data set")] = "test",
+    images_per_entity: Annotated[int, tyro.conf.arg(help="at most, drawn by the seed")] = 100,
+    entities: Annotated[tuple[str, ...], tyro.conf.arg(help="some of the classes; all if none", metavar="NAME")] = (),
+    seed: int = 0,
+) -> None:
+    """Turn a data set into what a study reads: pictures by entity in one parquet file, and the list of entities.
+
+    mnist is read from its IDX files, food101 from its folder with images/ and meta/, both also from parquet; cifar100
+    from parquet (its own archive is a pickle); folder is one folder a class. A picture that cannot be decoded is left
+    out and named.
+
+    For example:
+        gapprobe data prepare mnist ~/mnist data/mnist
+        gapprobe data prepare cifar100 uoft-cs/cifar100 data/cifar100
+        gapprobe data prepare folder ~/photographs data/landmarks
+    """
+    from gapprobe.tasks.datasets.preparing import prepare_dataset
+
+    print(
+        prepare_dataset(
+            kind, source, out, split=split, images_per_entity=images_per_entity, entities=entities, seed=seed
+        ).told
+    )
+
+
+@data.command
+def arithmetic(
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="FILE.csv", help="the questions")],
+    per_digit: Annotated[int, tyro.conf.arg(help="questions a digit")] = 10,
+    seed: int = 0,
+) -> None:
+    """Write the rule's questions about MNIST's digits: "what is <digit> (+ or *) r?", the same of every digit.
+
+    For example:
+        gapprobe data arithmetic data/mnist/questions.csv
+    """
+    from gapprobe.files import write_bytes
+    from gapprobe.tasks.datasets.arithmetic import arithmetic_questions, as_csv
+
+    questions = arithmetic_questions(per_digit=per_digit, seed=seed)
+    write_bytes(out, as_csv(questions))
+    print(f"{out}: {told_count(len(questions), 'question')}")
+
+
+@data.command
+def okvqa(
+    source: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="OKVQA's json files and val2014/")],
+    prompts: Annotated[Positional[Path], tyro.conf.arg(metavar="PROMPTS.toml", help="the study's prompt template")],
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="FILE.csv", help="a table for gapprobe capture")],
+) -> None:
+    """Write OKVQA's validation questions as a table for `gapprobe capture`: rows out of a probe's domain.
+
+    For example:
+        gapprobe data okvqa ~/okvqa examples/landmarks/prompts.toml okvqa.csv
+        gapprobe capture llava-hf/llava-v1.6-vicuna-7b-hf okvqa.csv acts-okvqa
+    """
+    from gapprobe.files import write_bytes
+    from gapprobe.tasks.datasets.okvqa import read_okvqa
+    from gapprobe.tasks.prompts import load_template
+
+    table = read_okvqa(source, load_template(prompts))
+    write_bytes(out, table.to_csv(index=False).encode())
+    print(f"{out}: {told_count(len(table), 'question')}")
 
 
 @models.command(name="list")
@@ -865,6 +971,7 @@ def _print(result: Mapping[str, object] | Sequence[Mapping[str, object]]) -> Non
 
 app.command(study, name="study", help="run the whole study, or its steps, from a configuration file")
 app.command(models, name="models", help="the families of models that can be traced, and whether a model passes")
+app.command(data, name="data", help="data sets and questions in the form that a study reads")
 app.command(bench, name="bench", help="how fast things are on this machine")
 app.command(store, name="store", help="activation stores: look, check, mend, join, bring activations in and out")
 

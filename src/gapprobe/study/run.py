@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gapprobe.errors import ConfigError
 from gapprobe.files import write_json
 from gapprobe.study import analysis
@@ -28,7 +30,7 @@ from gapprobe.study.selecting import measure_selective
 from gapprobe.study.steps import Steps, claim, key_of
 from gapprobe.tasks.choices import Choices, make_choices
 from gapprobe.tasks.examples import Example
-from gapprobe.tasks.images import ImageSet, load_images
+from gapprobe.tasks.images import ImageFile, ImageSet, load_images
 from gapprobe.tasks.judging import JUDGES
 from gapprobe.tasks.prompts import PromptTemplate, load_template
 from gapprobe.tasks.questions import QuestionSet, load_questions
@@ -263,6 +265,18 @@ class Study:
             return measure_selective(self.capture(), self.outcomes, scores, self.samples(), self.config)
 
         return self._once("selective", measure)
+
+    def answers(self, what: str, calls: Sequence[Example]) -> list[str | None]:
+        """Return greedy answers to calls beside the study's, in a store of their own; None for one that failed."""
+        store = self._capture(what, calls, self._decoding, (0,), ("last_input",))
+        told = store.rows["answer"][store.rows["error"].isna()].to_dict()
+        ids = self._ids({call_of(call): call for call in calls}, ("last_input",), self._decoding)
+        return [told.get(ids[call_of(call)]) for call in calls]
+
+    def drawn(self, images: Sequence[ImageFile], count: int) -> list[ImageFile]:
+        """Return up to `count` of an entity's images, drawn by the study's seed, in their own order."""
+        order = np.random.default_rng(self.config.seed).permutation(len(images))[:count]
+        return [images[i] for i in sorted(order)]
 
     def samples(self) -> dict[str, list[str]] | None:
         """Return further answers to every visual call, by its row, drawn as `config.samples` says; None if not at all.
