@@ -299,6 +299,16 @@ def probe(config: Config, data: Data = (), out: Out = OUT) -> None:
 
 
 @study.command
+def recipe(config: Config, data: Data = (), out: Out = OUT) -> None:
+    """Print the published probe's accuracy as published, and what of it is left when questions stay together, as JSON.
+
+    For example:
+        gapprobe study recipe my-study.toml --out runs/mine | jq .leakage.question
+    """
+    _print(_study(config, data, out).recipe())
+
+
+@study.command
 def lens(config: Config, data: Data = (), out: Out = OUT) -> None:
     """Print the answer's probability at every layer, told and shown, as JSON.
 

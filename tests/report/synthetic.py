@@ -261,3 +261,51 @@ def hostile() -> dict[str, Any]:
     llava["gallery"][2]["image"] = "data:image/png;base64," + base64.b64encode(b"<svg onload=alert(1)>").decode()
     made["versions"][HOSTILE] = HOSTILE
     return made
+
+
+def with_details(text: str = "two") -> dict[str, Any]:
+    """Return one family with everything that a study may hold beside the rest; `text` is what the model said."""
+    made = results(("llava",))
+    llava = made["families"]["llava"]
+    share, gap = accuracy(0.9, 900), {"value": 0.25, "n": 900, "ci": [0.2, 0.3]}
+    cells = {"n": 900, "text_only": share, "visual": accuracy(0.65, 900), "gap": gap}
+    llava["gap"] |= {
+        "ci_by": {"entity": [0.41, 0.71], "question": [0.42, 0.72], "image": [0.43, 0.73]},
+        "mcnemar": {"only_told": 321, "only_shown": 12, "p": 1e-30},
+    }
+    llava["published"] = {"name": "gpt-4o/mnist", "text_only": 1.0, "visual": 0.68, "gap": 0.32}
+    said = {"question": f"q{text}", "setting": "visual", "image": "i", "gold": "12", "answer": text}
+    llava["judges"] = {
+        "by_judge": {"sound": cells, "published": {**cells, "n": 850}},
+        "agreement": [],
+        "answers": 3000,
+        "differ": 31,
+        "disagreements": [{**said, "sound": False, "published": True}],
+    }
+    read = {"counted": {"n": 500}, "settings": {"text_only": share, "visual": share}, "gap": {"absolute": gap}}
+    llava["choices"] = {
+        "options": 4,
+        "questions": 77,
+        "by": {"log_prob": None, "letter": read, "either": read},
+        "log_prob_of": "",
+        "why_not": f"letters are no tokens of this model, nor {text}",
+    }
+    leak = {
+        "layer": 4,
+        "published": accuracy(0.81, 900),
+        "grouped": accuracy(0.56, 900),
+        "difference": {"value": 0.25, "n": 900, "ci": [0.19, 0.31]},
+    }
+    llava["recipe"] = {"n": 900, "majority": 0.62, "leakage": {"question": leak, "entity": leak}}
+    llava["selective"]["stacked"] = llava["selective"]["ensemble"]
+    llava["selective"] |= {
+        "measures": [
+            {"method": method, "measure": measure, "value": value, "n": 900, "ci": [None, None]}
+            for method in ("perplexity", "probe", "ensemble", "stacked")
+            for measure, value in (("aurc", 0.123), ("ece", None))
+        ],
+        "guarantees": [
+            {"confidence": "mean_log_prob", "by": "sgr", "risk": 0.1, "sentence": f"Answer nothing, {text}."}
+        ],
+    }
+    return made

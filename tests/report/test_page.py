@@ -120,6 +120,38 @@ def test_hostile_strings_stay_text(opened):
     assert shown.locator(".drawing text a").count() == 0
 
 
+def test_details_of_the_gap_the_recipe_and_the_selection_are_shown_as_they_are(opened):
+    shown = opened(synthetic.with_details())
+    gap, probe, selective = (" ".join(shown.inner_text(f"#{part}").split()) for part in ("gap", "probe", "selective"))
+    assert "321 trials are right only when the entity is named, 12 only when it is shown" in gap
+    assert "p < 0.0001" in gap
+    assert "resampled: [41.0, 71.0]; only questions: [42.0, 72.0]" in gap
+    assert "gpt-4o/mnist: text only 100 %, visual 68 %, a gap of 32 %" in gap
+    assert "sound 900 90.0 %" in gap
+    assert "published 850 90.0 %" in gap
+    assert "31 of 3000 answers, 1 to read" in gap
+    assert "77 questions asked with 4 options" in gap
+    assert "letters are no tokens of this model" in gap
+    assert "foresees 81.0 %" in probe
+    assert "25.0 points [19.0, 31.0] by question" in probe
+    assert "stacked" in selective
+    shown.evaluate("document.querySelectorAll('details').forEach((part) => part.open = true)")
+    assert "Answer nothing, two." in shown.inner_text("#selective")
+    row = shown.locator("#selective tr", has=shown.locator("th", has_text="ece")).inner_text()
+    assert row.count("not computed") == 4
+    disagreement = " ".join(shown.locator("#gap tr", has_text="qtwo").inner_text().split())
+    assert disagreement == "qtwo visual two 12 wrong right"
+
+
+def test_what_a_model_said_stays_text_there_too(opened):
+    shown = opened(synthetic.with_details(synthetic.HOSTILE))
+    assert shown.evaluate("window.pwned") is None
+    assert shown.locator("img[src=x], [onerror], b:text-is('bold')").count() == 0
+    shown.evaluate("document.querySelectorAll('details').forEach((part) => part.open = true)")
+    # A question, an answer, a reason and a promise.
+    assert shown.inner_text("main").count("<img src=x") == 4
+
+
 def test_policy_stops_a_script_that_slipped_in(chromium, tmp_path):
     page_text = render_report(synthetic.results(("llava",)))
     smuggled = page_text.replace("</main>", "<script>window.pwned = 1</script></main>")

@@ -39,6 +39,24 @@ def test_the_probe_is_said_to_beat_its_control_only_when_it_does() -> None:
     assert "no control to compare" in headline({"m": family(control=None)})
 
 
+@pytest.mark.parametrize(
+    ("low", "words"),
+    [(0.2, "foresees 80%, and 50% when no entity is on both sides of the split: 30 points [20, 40] of it are leakage"),
+     (-0.1, "foresees 80%; no leakage beyond chance")],
+)  # fmt: skip
+def test_the_leakage_of_the_published_recipe_is_a_headline(low: float, words: str) -> None:
+    def leak(value: float, low: float) -> dict:
+        return {
+            "published": {"accuracy": 0.8},
+            "grouped": {"accuracy": 0.8 - value},
+            "difference": {"value": value, "ci": [low, 0.4]},
+        }
+
+    told = family() | {"recipe": {"leakage": {"question": leak(0.1, 0.05), "entity": leak(0.3, low)}}}
+    assert words in headline({"m": told})
+    assert headline({"m": family() | {"recipe": {"leakage": {}}}}) == headline({"m": family()})
+
+
 def test_a_study_without_numbers_says_so() -> None:
     empty = family(n=0)
     empty["probe"]["verdict"] = {"image": None}

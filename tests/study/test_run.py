@@ -78,6 +78,25 @@ def test_every_list_by_layer_has_every_layer(finished: Path, family: str) -> Non
 
 
 @pytest.mark.xdist_group("study")
+@pytest.mark.parametrize("family", ["llava", "instructblip"])
+def test_judges_recipe_and_measures_stand_beside_the_gap(finished: Path, family: str) -> None:
+    part = results_of(finished)["families"][family]
+    own = part["judges"]["by_judge"][part["config"]["judge"]]
+    assert own["gap"] == part["gap"]["absolute"]
+    assert own["n"] == part["counted"]["n"]
+    mcnemar = part["gap"]["mcnemar"]
+    assert mcnemar["only_told"] - mcnemar["only_shown"] == round(part["gap"]["absolute"]["value"] * own["n"])
+    recipe = part["recipe"]
+    assert recipe["n"] == round(part["raw"]["full_information"]["accuracy"] * 300)
+    assert set(recipe["leakage"]) == {"question", "entity"}
+    assert len(recipe["accuracy"]) == len(recipe["layers"]) == 2
+    measured = {(m["method"], m["measure"]) for m in part["selective"]["measures"]}
+    assert {("stacked", "augrc"), ("probe", "prr"), ("ensemble", "phi_10"), ("perplexity", "ece")} <= measured
+    assert part["choices"] is None
+    assert part["published"] is None
+
+
+@pytest.mark.xdist_group("study")
 def test_the_layer_that_speaks_names_the_answer_when_told(finished: Path) -> None:
     lens = results_of(finished)["families"]["llava"]["lens"]
     assert lens["text"][-1] > 0.8 > 0.5 > lens["text"][0]

@@ -65,6 +65,7 @@ def render_report(results: Mapping[str, Any]) -> str:
         percent=series.percent,
         interval=series.interval,
         percents=_percents,
+        small=series.small,
         points=_points,
         image=checked_image,
         pretty=_pretty,

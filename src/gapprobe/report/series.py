@@ -26,7 +26,15 @@ SETTINGS = {
 }
 SPLITS = {"image": "by image", "entity": "by entity", "question": "by question", "random": "random rows"}
 CONTROLS = {"question_only": "question only", "layer_0": "layer 0", "shuffled": "shuffled labels"}
-METHODS = {"perplexity": "perplexity", "probe": "probe", "ensemble": "mean of both"}
+METHODS = {
+    "perplexity": "perplexity",
+    "probe": "probe",
+    "ensemble": "mean of both",
+    "stacked": "stacked",
+    "self_consistency": "samples agree",
+}
+PUBLISHED_METHODS = ("perplexity", "probe", "ensemble")
+READERS = {"log_prob": "log-probability", "letter": "letter", "option": "option's text", "either": "letter or text"}
 VARIANTS = {
     "norm_gold": "final norm, gold",
     "bare_gold": "no norm, gold",
@@ -67,6 +75,11 @@ def ends(ci: Ends) -> Span | None:
 def number(value: Number | None, digits: int = 3) -> str:
     """Write a number, or say that there is none."""
     return "not computed" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def small(value: Number) -> str:
+    """Write a p-value with its sign of equality: two digits, or how small it is."""
+    return f"= {value:.2g}" if value >= 1e-4 else "< 0.0001"
 
 
 def percent(value: Number | None, digits: int = 1) -> str:
@@ -126,12 +139,20 @@ def centred_cosine(family: Family) -> list[Series]:
 
 def risk(family: Family) -> dict[str, Series]:
     """Risk over coverage, by method."""
-    styles = {"perplexity": (ORANGE, "dash"), "probe": (GREEN, "solid"), "ensemble": (PURPLE, "dashdot")}
-    curves = {key: (family["selective"].get(key) or {}).get("curve") or {} for key in styles}
-    return {
-        key: Series(METHODS[key], curve.get("coverage") or [], curve.get("risk") or [], color, dash=dash)
-        for (key, curve), (color, dash) in zip(curves.items(), styles.values(), strict=True)
+    styles = {
+        "perplexity": (ORANGE, "dash"),
+        "probe": (GREEN, "solid"),
+        "ensemble": (PURPLE, "dashdot"),
+        "stacked": (SKY, "dot"),
+        "self_consistency": (GREY, "longdash"),
     }
+    found: dict[str, Series] = {}
+    for key, (color, dash) in styles.items():
+        curve = (family["selective"].get(key) or {}).get("curve") or {}
+        # What was not measured at all (no answers drawn) has no line; what could not be has an empty one.
+        if key in family["selective"] or key in PUBLISHED_METHODS:
+            found[key] = Series(METHODS[key], curve.get("coverage") or [], curve.get("risk") or [], color, dash=dash)
+    return found
 
 
 def shared_span(families: Iterable[Family], lines: Callable[[Family], list[Series]], low: Number, high: Number) -> Span:

@@ -21,12 +21,15 @@ def family_name(name: str, family: Mapping[str, Any]) -> str:
 
 
 def headline(families: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a sentence on the gap of each study and one on its failure probe under the first split.
+    """Return a sentence on the gap of each study, one on its failure probe, one on what the published recipe leaks.
 
     Args:
         families: the `families` part of results.json.
     """
-    return " ".join(f"{_gap(family_name(name, family), family)} {_probe(family)}" for name, family in families.items())
+    return " ".join(
+        " ".join(filter(None, (_gap(family_name(name, family), family), _probe(family), _leakage(family))))
+        for name, family in families.items()
+    )
 
 
 def _gap(name: str, family: Mapping[str, Any]) -> str:
@@ -59,3 +62,18 @@ def _probe(family: Mapping[str, Any]) -> str:
     if verdict["beats"]:
         return f"Its failure probe (AUC {area:.2f}) beats its best control, {against}."
     return f"Its failure probe (AUC {area:.2f}) does not beat its best control, {against}."
+
+
+def _leakage(family: Mapping[str, Any]) -> str:
+    leaks = (family.get("recipe") or {}).get("leakage") or {}
+    if not leaks:
+        return ""
+    group, worst = max(leaks.items(), key=lambda leak: leak[1]["difference"]["value"])
+    published, left = worst["published"]["accuracy"], worst["grouped"]["accuracy"]
+    points, (low, high) = 100 * worst["difference"]["value"], worst["difference"]["ci"]
+    if low <= 0:
+        return f"The published recipe foresees {published:.0%}; no leakage beyond chance shows in that."
+    return (
+        f"The published recipe foresees {published:.0%}, and {left:.0%} when no {group} is on both sides of the split: "
+        f"{points:.0f} points [{100 * low:.0f}, {100 * high:.0f}] of it are leakage."
+    )

@@ -25,6 +25,7 @@ from gapprobe.study.judges import compare_judges
 from gapprobe.study.multiple_choice import measure_choices, read_distractors
 from gapprobe.study.outcomes import by_judge, judge_trials
 from gapprobe.study.published import beside
+from gapprobe.study.recipe import published_recipe
 from gapprobe.study.results import SCHEMA, Json
 from gapprobe.study.selecting import measure_selective
 from gapprobe.study.steps import Steps, claim, key_of
@@ -249,6 +250,10 @@ class Study:
         """Fit the failure probes at every layer, with controls, and selective prediction's scores."""
         return self._once("probe", lambda: analysis.probe(self.capture(), self.outcomes, self.config, self.progress))
 
+    def recipe(self) -> Json:
+        """Fit the published probe as published, and measure what of its accuracy is leakage."""
+        return self._once("recipe", lambda: published_recipe(self.capture(), self.outcomes, self.config, self.progress))
+
     def lens(self) -> Json:
         """Read the answer's probability at every layer, told and shown."""
         return self._once("lens", lambda: analysis.lens(self.capture(), self.outcomes, self.model, self.config))
@@ -315,7 +320,7 @@ class Study:
     def step_names(self) -> tuple[str, ...]:
         """Return the names of the steps after capture."""
         asked = ("choices",) if self.config.choices else ()
-        return ("gap", "judges", *asked, "probe", "lens", "cosine", "selective", "gallery")
+        return ("gap", "judges", *asked, "probe", "recipe", "lens", "cosine", "selective", "gallery")
 
     def step_state(self, name: str, store: Store) -> str:
         """Return whether a step is "done" or "to do", or that data or settings have changed since it was."""
@@ -352,6 +357,7 @@ class Study:
             "choices": self.choices(),
             "layers": list(store.header.layers),
             "probe": {key: value for key, value in probe.items() if key != "scores"},
+            "recipe": self.recipe(),
             "lens": lens,
             "cosine": cosine,
             "selective": selective,
