@@ -341,16 +341,26 @@ def selective(config: Config, data: Data = (), out: Out = OUT) -> None:
 @app.command
 def report(
     folder: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="folder with a results.json")],
+    markdown: Annotated[
+        Path | None, tyro.conf.arg(help="write all tables to this file too, as Markdown", metavar="FILE.md")
+    ] = None,
 ) -> None:
     """Write report.html anew from the results.json of a study, without running anything.
 
     For example:
         gapprobe report gapprobe-demo
+        gapprobe report gapprobe-demo --markdown tables.md
     """
+    from gapprobe.files import write_bytes
     from gapprobe.report.page import write_report
+    from gapprobe.report.tables import markdown as as_markdown
     from gapprobe.study.results import read_results
 
-    print(write_report(read_results(folder / "results.json"), folder / "report.html"))
+    results = read_results(folder / "results.json")
+    print(write_report(results, folder / "report.html"))
+    if markdown is not None:
+        write_bytes(markdown, as_markdown(results).encode())
+        print(markdown)
 
 
 @app.command(name="probe")

@@ -36,9 +36,9 @@ def call(kernel, *tensors):
 def prepare():
     """Mend what the interpreter gets wrong in `tl.dot`.
 
-    It multiplies the bit patterns of bfloat16 (triton-lang/triton#11584). And it leaves the product to a BLAS, whose last
-    bits hang on where in a tile a row stands, on some processors; on a GPU they do not. Here every entry is summed by
-    itself, in the order of k.
+    It multiplies the bit patterns of bfloat16 (triton-lang/triton#11584). And it leaves the product to a BLAS, whose
+    last bits hang on where in a tile a row stands, on some processors; on a GPU they do not. Here every entry is summed
+    by itself, in the order of k.
     """
     import numpy as np
     import triton.language as tl
@@ -51,7 +51,7 @@ def prepare():
             return handle.data.astype(np.float32)
         return (handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
-    def create_dot(self, a, b, d, *rest):
+    def create_dot(_builder, a, b, d, *_precision):
         left, right = widened(a), widened(b)
         out = np.zeros((left.shape[0], right.shape[1]), dtype=np.float32)
         for column, row in zip(left.T, right, strict=True):

@@ -28,7 +28,7 @@ from gapprobe.study.published import beside
 from gapprobe.study.recipe import published_recipe
 from gapprobe.study.results import SCHEMA, Json
 from gapprobe.study.selecting import measure_selective
-from gapprobe.study.steps import Steps, claim, key_of
+from gapprobe.study.steps import Steps, claim, key_of, peak_memory
 from gapprobe.tasks.choices import Choices, make_choices
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageFile, ImageSet, load_images
@@ -142,7 +142,7 @@ class Study:
             dtype=str(self.model.hf.dtype).removeprefix("torch."),
             progress=self.progress,
         )
-        self._steps.seconds[f"capture {what}".strip()] = round(time.perf_counter() - start, 3)
+        self._steps.note(f"capture {what}".strip(), round(time.perf_counter() - start, 3), peak_memory())
         return store
 
     @property
@@ -369,6 +369,11 @@ class Study:
         """Return the wall time of each step, from when it last ran."""
         return self._steps.seconds
 
+    @property
+    def peak_bytes(self) -> dict[str, int]:
+        """Return the most memory that the process had had at the end of each step, from when it last ran."""
+        return self._steps.peak_bytes
+
 
 def call_of(example: Example) -> Call:
     """Return what tells one call of a study from another: the prompt, and the name of the image."""
@@ -426,7 +431,7 @@ def run_studies(configs: Sequence[StudyConfig], out: Path | str, *, progress: bo
         "versions": versions(),
         "machine": {"cpu": processor_name(), "cores": os.cpu_count()},
         "steps": [
-            {"family": study.config.name, "step": step, "seconds": seconds}
+            {"family": study.config.name, "step": step, "seconds": seconds, "peak_bytes": study.peak_bytes[step]}
             for study in studies
             for step, seconds in study.seconds.items()
         ],

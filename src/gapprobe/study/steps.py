@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +24,23 @@ def key_of(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
+def peak_memory() -> int:
+    """Return the most memory that this process has had so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 class Steps:
     """The steps of one study, in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
 
     def once(self, name: str, key: str, compute: Callable[[], Json]) -> Json:
         """Return the result of step `name`, from disk if it was kept under the same key, else by running it."""
@@ -37,12 +49,17 @@ class Steps:
         if kept is None or kept.get("key") != key:
             start = time.perf_counter()
             result = compute()
-            kept = {"key": key, "seconds": round(time.perf_counter() - start, 3), "result": result}
+            seconds = round(time.perf_counter() - start, 3)
+            kept = {"key": key, "seconds": seconds, "peak_bytes": peak_memory(), "result": result}
             write_json(path, kept)
             # What is returned is what a resumed run would read: a value that JSON would change cannot slip through.
             kept = json.loads(path.read_text(encoding="utf-8"))
-        self.seconds[name] = kept["seconds"]
+        self.note(name, kept["seconds"], int(kept.get("peak_bytes") or 0))
         return kept["result"]
+
+    def note(self, name: str, seconds: float, peak_bytes: int) -> None:
+        """Remember how long step `name` took, and the most memory that the process had had at its end."""
+        self.seconds[name], self.peak_bytes[name] = seconds, peak_bytes
 
     def state(self, name: str, key: str) -> str:
         """Return how step `name` stands."""
