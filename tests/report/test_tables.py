@@ -2,12 +2,14 @@
 
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from gapprobe.cli import main
 from gapprobe.files import write_json
 from gapprobe.report.tables import markdown
+from gapprobe.study.results import read_results
 from tests.report import synthetic
 
 
@@ -21,13 +23,11 @@ def cells(text: str) -> list[list[str]]:
     "made", [synthetic.results(), synthetic.with_nulls(), synthetic.with_details(), synthetic.with_failures()]
 )
 def test_every_table_has_as_many_cells_in_every_line(made) -> None:
-    width = 0
-    for line, row in zip(
-        [t for t in markdown(made).splitlines() if t.startswith("|")], cells(markdown(made)), strict=True
-    ):
-        if set("".join(row)) == {"-"}:
-            assert len(row) == width, line
-        width = len(row)
+    head: list[str] = []
+    for row, following in pairwise([*cells(markdown(made)), []]):
+        if set("".join(following)) == {"-"}:
+            head = row
+        assert len(row) == len(head), row
     assert markdown(made) == markdown(made)
 
 
@@ -62,3 +62,9 @@ def test_the_command_writes_them(tmp_path, capsys) -> None:
     main(["report", str(tmp_path), "--markdown", str(tmp_path / "tables.md")])
     assert str(tmp_path / "tables.md") in capsys.readouterr().out
     assert (tmp_path / "tables.md").read_text(encoding="utf-8") == markdown(synthetic.results())
+
+
+def test_the_demos_tables_in_the_docs_are_generated() -> None:
+    root = Path(__file__).parents[2]
+    newest = max((root / "benchmarks" / "results").glob("demo-study-*.json"))
+    assert (root / "docs" / "results-demo.md").read_text(encoding="utf-8") == markdown(read_results(newest))

@@ -99,7 +99,10 @@ def _choices(family: Family) -> str:
     if not choices:
         return ""
     rows = [
-        (READERS.get(reader, reader), *_gap_cells(cells["counted"]["n"], cells["settings"], cells["gap"]["absolute"]))
+        (
+            str(READERS.get(reader, reader)),
+            *_gap_cells(cells["counted"]["n"], cells["settings"], cells["gap"]["absolute"]),
+        )
         for reader, cells in choices["by"].items()
         if cells
     ]
