@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from gapprobe.probes.sweep import sweep_probes as sweep_probes
     from gapprobe.probes.tokens import Tokens as Tokens
     from gapprobe.probes.tokens import read_position as read_position
+    from gapprobe.probes.transfer import TransferSet as TransferSet
+    from gapprobe.probes.transfer import transfer_probes as transfer_probes
     from gapprobe.report.page import write_report as write_report
     from gapprobe.selective.measures import risk_coverage as risk_coverage
     from gapprobe.selective.report import selective_report as selective_report
@@ -117,6 +119,8 @@ _HOMES = {
     "check_problems": "gapprobe.probes.base",
     "find_probe": "gapprobe.probes.base",
     "known_probes": "gapprobe.probes.base",
+    "TransferSet": "gapprobe.probes.transfer",
+    "transfer_probes": "gapprobe.probes.transfer",
     "LinearFits": "gapprobe.probes.base",
     "online_code": "gapprobe.probes.codelength",
     "control_task": "gapprobe.probes.controls",

@@ -308,6 +308,29 @@ def recipe(config: Config, data: Data = (), out: Out = OUT) -> None:
     _print(_study(config, data, out).recipe())
 
 
+@study.command(name="transfer")
+def transfer_study(
+    configs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")],
+    data: Data = (),
+    out: Out = OUT,
+) -> None:
+    """Fit failure probes on all studies but one and judge them on that one, each in turn; print areas as JSON.
+
+    For other data of one model, or models of one width. Layer and strength are chosen on training rows alone; studies
+    that ask the same questions are cut so that no question is on both sides.
+
+    For example:
+        gapprobe study transfer configs/llava-1.6-vicuna-7b.toml --out runs/llava | jq .best
+        gapprobe study transfer llava.toml instructblip.toml --out runs/two | jq .best
+    """
+    from gapprobe.study.config import load_configs
+    from gapprobe.study.run import Study
+    from gapprobe.study.transfer import transfer_between
+
+    chosen = [config for path in configs for config in load_configs(path, data)]
+    _print(transfer_between([Study(config, out) for config in chosen], progress=True))
+
+
 @study.command
 def lens(config: Config, data: Data = (), out: Out = OUT) -> None:
     """Print the answer's probability at every layer, told and shown, as JSON.
