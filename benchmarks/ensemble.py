@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks._measure import machine, timed, versions
 from benchmarks._outcome import Runs, WrongResult, by_operation, judged, keep, one_thread
 from benchmarks.probes_data import FOLDS, Layer, make_layer
-from gapprobe.probes.adapters import ModuleProbe
+from gapprobe.probes.modules import ModuleProbe
 from gapprobe.stats import auc
 
 HIDDEN = 64

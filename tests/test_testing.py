@@ -6,8 +6,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from gapprobe.errors import DataError
-from gapprobe.probes.adapters import from_module, from_sklearn
+from gapprobe.probes.adapters import from_sklearn
 from gapprobe.probes.base import LinearFits, check_problems, find_probe, known_probes
+from gapprobe.probes.modules import from_module
 from gapprobe.testing import check_probe
 
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from gapprobe.models.bridge import to_transformer_lens as to_transformer_lens
     from gapprobe.models.check import check_model as check_model
     from gapprobe.models.loading import load_model as load_model
-    from gapprobe.probes.adapters import from_module as from_module
     from gapprobe.probes.adapters import from_sklearn as from_sklearn
     from gapprobe.probes.base import LinearFits as LinearFits
     from gapprobe.probes.base import check_problems as check_problems
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from gapprobe.probes.directions import probe_direction as probe_direction
     from gapprobe.probes.estimator import ProbeClassifier as ProbeClassifier
     from gapprobe.probes.leakage import leakage_report as leakage_report
+    from gapprobe.probes.modules import from_module as from_module
     from gapprobe.probes.saved import load_sweep as load_sweep
     from gapprobe.probes.sweep import sweep_probes as sweep_probes
     from gapprobe.probes.tokens import Tokens as Tokens
@@ -113,7 +113,7 @@ _HOMES = {
     "Tokens": "gapprobe.probes.tokens",
     "read_position": "gapprobe.probes.tokens",
     "from_sklearn": "gapprobe.probes.adapters",
-    "from_module": "gapprobe.probes.adapters",
+    "from_module": "gapprobe.probes.modules",
     "check_probe": "gapprobe.testing",
     "register_probe": "gapprobe.probes.base",
     "check_problems": "gapprobe.probes.base",

@@ -7,7 +7,7 @@ from benchmarks import ensemble as bench
 from benchmarks._outcome import WrongResult
 from benchmarks.ensemble import EXACT, FLOOR, LOOP, OURS, STRENGTHS, Options, Work, benchmark, compared, make
 from benchmarks.probes_data import FOLDS, make_layer
-from gapprobe.probes.adapters import ModuleProbe
+from gapprobe.probes.modules import ModuleProbe
 
 PROBE = ModuleProbe(make, "mlp", STRENGTHS, steps=25, lr=1e-2, batch=64, every=5, patience=2)
 

@@ -178,6 +178,22 @@ def test_blocks_and_draws_do_not_show(trials, monkeypatch):
     pd.testing.assert_frame_equal(parts.table, whole.table, rtol=1e-5)
 
 
+def test_where_shards_are_cut_shows_in_no_bit(tmp_path):
+    """A run that was stopped seals its shards elsewhere than one that was not."""
+    rng = np.random.default_rng(5)
+    x = (rng.standard_normal((900, 2, 96)) * rng.lognormal(0, 2, 96)).astype(np.float32)
+    ids = [f"r{i}" for i in range(900)]
+    table = pd.DataFrame({"n": range(900)}, index=ids)
+    found = []
+    for size in (1 << 28, 1 << 18, 1 << 14):
+        store = gp.import_activations(tmp_path / f"cut{size}", x, table, model="made up", shard_bytes=size)
+        found.append((len(store.records), gp.cosine(store, ids[:450], ids[449:899])))
+    assert len({shards for shards, _ in found}) == 3
+    for _, other in found[1:]:
+        for variant in VARIANTS:
+            np.testing.assert_array_equal(getattr(other, variant), getattr(found[0][1], variant))
+
+
 def test_a_layer_that_is_the_same_for_all_rows_has_no_centred_cosine(store_of):
     x = numbers(2, 12, 6)
     x[0] = x[0, 0]

@@ -1,5 +1,6 @@
 """Plans against what a run really takes, and how far a study says it is."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,12 @@ def test_status_follows_a_study_from_nothing_to_done_and_back(tmp_path: Path) ->
     study = Study(quick(), tmp_path / "out", progress=False)
     wanted = len(set(study.rows.values()))
     assert status(study) == [("capture", f"0 of {wanted} rows"), *((name, "to do") for name in study.step_names)]
+    # Killed before the first shard was sealed: a store with a header and no rows.
+    header = Study(quick(), tmp_path / "other", progress=False).capture().path / "store.json"
+    study.store_folder.mkdir(parents=True)
+    shutil.copy(header, study.store_folder)
+    assert dict(status(study))["capture"] == f"0 of {wanted} rows"
+    shutil.rmtree(tmp_path / "out")
     study.gap()
     found = dict(status(study))
     assert found["capture"] == f"{wanted} of {wanted} rows"

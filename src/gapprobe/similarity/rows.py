@@ -40,16 +40,16 @@ class Side:
         return room
 
     def moments(self) -> Iterator[Moments]:
-        """Yield the moments of each shard's rows that are numbers: one that is not would leave no centre."""
-        for part in self._parts:
-            found = moments(part.lines, part.at)
+        """Yield the moments of the rows, block by block: of those that are numbers, for one that is not has no centre.
+
+        Blocks follow the order of the rows, never that of shards: where a run was stopped must not show in any bit.
+        """
+        step = max(1, BLOCK // self._room.shape[1])
+        for start in range(0, len(self._part), step):
+            x = self.rows(slice(start, start + step))
+            found = moments(x)
             if not bool(found.variance.isfinite().all()):
-                step = max(1, BLOCK // part.lines.shape[1])
-                kept = [
-                    part.lines[some].isfinite().all(1).numpy()
-                    for some in np.split(part.at, range(step, len(part.at), step))
-                ]
-                found = moments(part.lines, part.at[np.concatenate(kept)])
+                found = moments(x, np.flatnonzero(x.isfinite().all(1).numpy()))
             yield found
 
     def _taken(self, count: int) -> Float[Tensor, "m d"]:

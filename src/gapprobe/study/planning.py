@@ -189,10 +189,11 @@ def status(study: Study) -> list[tuple[str, str]]:
     if not (folder / "store.json").exists():
         return [("capture", f"0 of {len(wanted):,} rows"), *((name, "to do") for name in study.step_names)]
     store = open_store(folder)
-    there = len(wanted & set(store.ids))
-    failed = int(store.rows["error"].reindex(sorted(wanted)).notna().sum())
+    there = wanted & set(store.ids)
+    # A store in which nothing is sealed yet has no columns either.
+    failed = int(store.rows["error"].loc[sorted(there)].notna().sum()) if there else 0
     bad = f", {failed:,} could not be run" if failed else ""
-    found = [("capture", f"{there:,} of {len(wanted):,} rows{bad}")]
+    found = [("capture", f"{len(there):,} of {len(wanted):,} rows{bad}")]
     return found + [(name, study.step_state(name, store)) for name in study.step_names]
 
 

@@ -15,8 +15,8 @@ from torch.nn.functional import softplus
 
 from gapprobe.errors import ConfigError
 from gapprobe.kernels.standardised import Standardised, View
-from gapprobe.probes.adapters import held_out_rows
 from gapprobe.probes.base import ROOM, check_problems, chunks, register_probe
+from gapprobe.probes.modules import held_out_rows
 from gapprobe.probes.tokens import BLOCK, Tokens
 
 

@@ -3,8 +3,8 @@
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from gapprobe.probes.adapters import ModuleFits, ModuleProbe, from_module
 from gapprobe.probes.base import register_probe
+from gapprobe.probes.modules import ModuleFits, ModuleProbe, from_module
 
 
 @register_probe
