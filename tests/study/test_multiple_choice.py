@@ -90,6 +90,20 @@ def test_distractors_come_from_a_table(tmp_path: Path) -> None:
         read_distractors(tmp_path / "none.csv")
 
 
+@pytest.mark.xdist_group("study")
+def test_other_distractors_are_asked_anew(study: Study, tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("question,distractor\ndouble/four,nine\ndouble/two,nine\n", encoding="utf-8")
+    config = quick(options=2, distractors=str(path))
+    first = Study(config, study.out, progress=False).choices()
+    assert first is not None
+    assert first["questions"] == 2
+    path.write_text("question,distractor\ndouble/four,nine\n", encoding="utf-8")
+    second = Study(config, study.out, progress=False).choices()
+    assert second is not None
+    assert second["questions"] == 1
+
+
 def test_too_many_options_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no question has 24 distractors"):
         Study(quick(options=25), tmp_path / "out", progress=False).choices()

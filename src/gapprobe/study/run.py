@@ -123,7 +123,10 @@ class Study:
         layers: str | Sequence[int],
         positions: Sequence[str],
     ) -> Store:
-        """Run calls into a store beside the others; `what` tells it from the store of the study's own calls."""
+        """Run calls into a store beside the others; `what` tells it from the store of the study's own calls.
+
+        No study's name has a plus, so that no two stores are called the same.
+        """
         from gapprobe.tracing.run import capture
 
         self.claim()
@@ -131,7 +134,7 @@ class Study:
         store = capture(
             self.model,
             calls,
-            self.store_folder.with_name(f"{self.config.name}.{what}" if what else self.config.name),
+            self.store_folder.with_name(f"{self.config.name}+{what}" if what else self.config.name),
             layers=layers,
             positions=positions,
             batch_size=self.config.batch_size,
@@ -212,10 +215,9 @@ class Study:
         settings = self.config.choices
         if settings is None:
             return None
-        path = None if settings.distractors is None else self.config.path(settings.distractors)
         choices = make_choices(
             self.questions.questions,
-            None if path is None else read_distractors(path),
+            None if self._distractors is None else read_distractors(self._distractors),
             entities=self.questions.entities,
             options=settings.options,
             leave_out=True,
@@ -294,14 +296,17 @@ class Study:
 
         calls = {call_of(trial.visual): trial.visual for trial in self.trials}
         found: dict[str, list[str]] = {self.rows[call]: [] for call in calls}
+        temperature = self.config.samples.temperature
         for draw in range(self.config.samples.count):
             decoding = Decoding(
                 self.config.max_new_tokens,
                 (self.template.stop,),
-                temperature=self.config.samples.temperature,
+                temperature=temperature,
                 seed=self.config.seed + draw,
             )
-            rows = self._capture(f"draw-{draw}", list(calls.values()), decoding, (0,), ("last_input",)).rows
+            rows = self._capture(
+                f"draw-{draw}-at-{temperature:g}", list(calls.values()), decoding, (0,), ("last_input",)
+            ).rows
             answers = rows["answer"][rows["error"].isna()].to_dict()
             for call, drawn in self._ids(calls, ("last_input",), decoding).items():
                 if drawn in answers:
@@ -309,12 +314,19 @@ class Study:
         return found
 
     def _once(self, name: str, compute: Callable[[], Json]) -> Json:
-        return self._steps.once(name, self._key(self.capture()), compute)
+        return self._steps.once(name, self._key(name, self.capture()), compute)
 
-    def _key(self, store: Store) -> str:
+    def _key(self, name: str, store: Store) -> str:
         """Return a hash of all that the result of a step depends on."""
-        parts = (self.fingerprint, self.images.fingerprint, self.config.model_dump_json(), store.header.fingerprint)
+        parts = [self.fingerprint, self.images.fingerprint, self.config.model_dump_json(), store.header.fingerprint]
+        if name == "choices" and self._distractors is not None:
+            parts.append(hashlib.sha256(self._distractors.read_bytes()).hexdigest())
         return key_of(importlib.metadata.version("gapprobe"), *parts)
+
+    @property
+    def _distractors(self) -> Path | None:
+        given = self.config.choices and self.config.choices.distractors
+        return self.config.path(given) if given else None
 
     @property
     def step_names(self) -> tuple[str, ...]:
@@ -324,7 +336,7 @@ class Study:
 
     def step_state(self, name: str, store: Store) -> str:
         """Return whether a step is "done" or "to do", or that data or settings have changed since it was."""
-        return self._steps.state(name, self._key(store))
+        return self._steps.state(name, self._key(name, store))
 
     def results(self) -> Json:
         """Run whatever is not there yet; return this study's part of results.json (docs/results.md)."""
