@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Positional = tyro.conf.Positional
 Family = Literal["llava", "instructblip", "both"]
 Config = Annotated[Positional[Path], tyro.conf.arg(metavar="CONFIG.toml", help="the study")]
+Configs = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")]
 Data = Annotated[tuple[str, ...], tyro.conf.arg(help="some of the file's [data.…] tables; all if none", metavar="NAME")]
 OUT = Path("gapprobe-study")
 Model = Annotated[Positional[str], tyro.conf.arg(metavar="MODEL", help="a folder or a Hugging Face id")]
@@ -144,30 +145,28 @@ def capture(
 
 @study.command
 def run(
-    configs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")],
+    configs: Configs,
     data: Data = (),
     out: Out = OUT,
 ) -> None:
     """Run one or more studies, each on one model, into one report.
 
     The steps are capture (answers and residual streams), gap (judging, and which trials count), judges, choices,
-    probe, lens, cosine and selective; each is a command of its own too. A finished step is not run again; a changed
-    setting of the analysis runs the analysis again and keeps the activations. `study plan` says beforehand what it
-    takes, `study status` how far it is.
+    probe, recipe, lens, cosine and selective; each is a command of its own too. A finished step is not run again; a
+    changed setting of the analysis runs the analysis again and keeps the activations. `study plan` says beforehand what
+    it takes, `study status` how far it is.
 
     For example:
         gapprobe study run my-study.toml --out runs/mine
         gapprobe study run configs/llava-1.6-vicuna-7b.toml --data landmarks --out runs/landmarks
         gapprobe study run llava-1.6.toml instructblip.toml --out runs/two
     """
-    from gapprobe.study.config import load_configs
-
-    _run([config for path in configs for config in load_configs(path, data)], out)
+    _run(_configs(configs, data), out)
 
 
 @study.command
 def plan(
-    configs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")],
+    configs: Configs,
     data: Data = (),
     tflops: Annotated[
         float | None, tyro.conf.arg(help="of the device, in the study's dtype; measured if the device is here")
@@ -181,12 +180,11 @@ def plan(
         gapprobe study plan configs/llava-1.6-vicuna-7b.toml --tflops 150
     """
     from gapprobe.models.loading import load_model
-    from gapprobe.study.config import load_configs
     from gapprobe.study.planning import measured_tflops
     from gapprobe.study.planning import plan as planned
     from gapprobe.study.run import Study
 
-    for config in [config for path in configs for config in load_configs(path, data)]:
+    for config in _configs(configs, data):
         asked = Study(config, OUT)
         outline = load_model(config.model_source, dtype=config.dtype, device="meta", revision=config.revision)
         rate = tflops or measured_tflops(config.device, outline.dtype)
@@ -195,7 +193,7 @@ def plan(
 
 @study.command
 def status(
-    configs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")],
+    configs: Configs,
     data: Data = (),
     out: Out = OUT,
 ) -> None:
@@ -204,11 +202,10 @@ def status(
     For example:
         gapprobe study status my-study.toml --out runs/mine
     """
-    from gapprobe.study.config import load_configs
     from gapprobe.study.planning import status as stand
     from gapprobe.study.run import Study
 
-    for config in [config for path in configs for config in load_configs(path, data)]:
+    for config in _configs(configs, data):
         print(config.name)
         for step, state in stand(Study(config, out)):
             print(f"  {step:10} {state}")
@@ -250,15 +247,13 @@ def validate(
     For example:
         gapprobe study validate my-study.toml --model llava-hf/llava-v1.6-34b-hf --out runs/classes
     """
-    from gapprobe.study.config import load_configs
     from gapprobe.study.run import Study
     from gapprobe.study.validation import validate_classes
 
-    asked = _study(config, data, out)
+    chosen = _config(config, data)
     if model is not None:
-        told = {"model": model, "revision": None, "name": f"{asked.config.name}-classes"}
-        asked = Study(load_configs(config, data)[0].model_copy(update=told), out)
-    table = validate_classes(asked, images=images, share=share)
+        chosen = chosen.model_copy(update={"model": model, "revision": None, "name": f"{chosen.name}-classes"})
+    table = validate_classes(Study(chosen, out), images=images, share=share)
     table.to_csv(out / "classes.csv", index=False)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
     gone = table[~table["kept"]]["entity"].tolist()
@@ -310,7 +305,7 @@ def recipe(config: Config, data: Data = (), out: Out = OUT) -> None:
 
 @study.command(name="transfer")
 def transfer_study(
-    configs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CONFIG.toml …", help="one study each")],
+    configs: Configs,
     data: Data = (),
     out: Out = OUT,
 ) -> None:
@@ -323,12 +318,10 @@ def transfer_study(
         gapprobe study transfer configs/llava-1.6-vicuna-7b.toml --out runs/llava | jq .best
         gapprobe study transfer llava.toml instructblip.toml --out runs/two | jq .best
     """
-    from gapprobe.study.config import load_configs
     from gapprobe.study.run import Study
     from gapprobe.study.transfer import transfer_between
 
-    chosen = [config for path in configs for config in load_configs(path, data)]
-    _print(transfer_between([Study(config, out) for config in chosen], progress=True))
+    _print(transfer_between([Study(config, out) for config in _configs(configs, data)], progress=True))
 
 
 @study.command
@@ -353,7 +346,7 @@ def cosine(config: Config, data: Data = (), out: Out = OUT) -> None:
 
 @study.command
 def selective(config: Config, data: Data = (), out: Out = OUT) -> None:
-    """Print coverage and risk of answering only when confident, by perplexity, probe and both, as JSON.
+    """Print coverage and risk of answering only when confident, by every confidence and measure, as JSON.
 
     For example:
         gapprobe study selective my-study.toml --out runs/mine | jq .ensemble
@@ -872,14 +865,23 @@ def _run(configs: Sequence[StudyConfig], out: Path) -> None:
     print(f"\n{results['headline']}\n\nreport   {page}\nnumbers  {out / 'results.json'}\nstore    {out / 'store'}")
 
 
-def _study(config: Path, data: Sequence[str], out: Path) -> Study:
+def _configs(paths: Sequence[Path], data: Sequence[str]) -> list[StudyConfig]:
     from gapprobe.study.config import load_configs
+
+    return [config for path in paths for config in load_configs(path, data)]
+
+
+def _config(path: Path, data: Sequence[str]) -> StudyConfig:
+    found = _configs([path], data)
+    if len(found) > 1:
+        raise ConfigError(f"{path} has {len(found)} data sets; a step is of one of them: name it with --data")
+    return found[0]
+
+
+def _study(config: Path, data: Sequence[str], out: Path) -> Study:
     from gapprobe.study.run import Study
 
-    found = load_configs(config, data)
-    if len(found) > 1:
-        raise ConfigError(f"{config} has {len(found)} data sets; a step is of one of them: name it with --data")
-    return Study(found[0], out)
+    return Study(_config(config, data), out)
 
 
 @store.command(name="import")

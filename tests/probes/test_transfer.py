@@ -75,6 +75,25 @@ def test_scores_are_those_of_scikit_learn(tmp_path: Path) -> None:
             assert found.best["accuracy"][0] == pytest.approx(((scores > 0) == right).mean(), abs=2e-3)
 
 
+def test_without_clusters_the_groups_alone_are_resampled(tmp_path: Path) -> None:
+    sets = {"a": planted_set(tmp_path, 10), "b": planted_set(tmp_path, 11)}
+    alone = {name: TransferSet(part.store, part.target, part.groups) for name, part in sets.items()}
+    found = transfer_probes(alone, pairs=[(["a"], "b")], layers=[2], strengths=[0.1], replicates=100).best.iloc[0]
+    target, groups = sets["b"].target, sets["b"].groups
+    assert isinstance(target, pd.Series)
+    assert isinstance(groups, pd.Series)
+    # Questions of ten images each: were rows resampled by question and question again, intervals would be wider.
+    both = transfer_probes(
+        {"a": sets["a"], "b": TransferSet(sets["b"].store, target, groups, clusters=groups)},
+        pairs=[(["a"], "b")],
+        layers=[2],
+        strengths=[0.1],
+        replicates=100,
+    ).best.iloc[0]
+    assert found["auc"] == both["auc"]
+    assert both["ci_high"] - both["ci_low"] > 1.2 * (found["ci_high"] - found["ci_low"])
+
+
 def test_two_models_asked_the_same_questions_do_not_remember_them(tmp_path: Path) -> None:
     """Each question has a vector of its own, the same in both sets, and a rate of being answered right.
 

@@ -133,7 +133,8 @@ def test_details_of_the_gap_the_recipe_and_the_selection_are_shown_as_they_are(o
     assert "77 questions asked with 4 options" in gap
     assert "letters are no tokens of this model" in gap
     assert "foresees 81.0 %" in probe
-    assert "25.0 points [19.0, 31.0] by question" in probe
+    assert "With no question on both sides 56.0 % are left: leakage by question is worth 25.0 points" in probe
+    assert "leakage by entity is worth 25.0 points [19.0, 31.0]. n = 900." in probe
     assert "stacked" in selective
     shown.evaluate("document.querySelectorAll('details').forEach((part) => part.open = true)")
     assert "Answer nothing, two." in shown.inner_text("#selective")

@@ -41,9 +41,11 @@ def test_the_probe_is_said_to_beat_its_control_only_when_it_does() -> None:
 
 @pytest.mark.parametrize(
     ("low", "words"),
-    [(0.2, "foresees 80%, and 50% when no entity is on both sides of the split: 30 points [20, 40] of it are leakage"),
-     (-0.1, "foresees 80%; no leakage beyond chance")],
-)  # fmt: skip
+    [
+        (0.2, "and 50% when no entity is on both sides of the split: 30 points [20, 40] of it are leakage."),
+        (-0.1, "foresees 80% of the outcomes; no leakage beyond chance shows in that."),
+    ],
+)
 def test_the_leakage_of_the_published_recipe_is_a_headline(low: float, words: str) -> None:
     def leak(value: float, low: float) -> dict:
         return {

@@ -51,6 +51,13 @@ def test_studies_with_nothing_in_them_seldom_find_something() -> None:
     assert excluding_chance(40, "question") <= 6
 
 
+def test_groups_that_are_too_few_leave_the_others(tmp_path: Path) -> None:
+    store, table = planted(tmp_path / "s", questions=12, images=10, width=4)
+    found = published_recipe(store, table.assign(entity=["a", "b"] * 60), config())
+    assert list(found["by"]) == ["random", "question"]
+    assert list(found["leakage"]) == ["question"]
+
+
 def test_what_cannot_be_fitted_says_why(tmp_path: Path) -> None:
     store, table = planted(tmp_path / "s", questions=4, images=2, width=4)
     none = published_recipe(store, table.assign(full_information=False), config())

@@ -100,9 +100,8 @@ def load_model(
     where = str(source)
     architecture = _architecture(_read_config(folder, where), where)
     outline = device == "meta"
-    if (
-        commit is None and random_weights is None and not outline
-    ):  # the hub's client fetches what it needs, and says what is not there
+    # The hub's client fetches what it needs, and says what is not there.
+    if commit is None and random_weights is None and not outline:
         _require_weights(folder, where, allow_pickle)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     options |= {"local_files_only": True} if commit is None else {"revision": commit}

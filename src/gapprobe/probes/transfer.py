@@ -68,7 +68,7 @@ class _Rows:
     ids: tuple[str, ...]
     target: Bool[np.ndarray, " n"]
     groups: Shaped[np.ndarray, " n"]
-    clusters: Shaped[np.ndarray, " n"]
+    clusters: Shaped[np.ndarray, " n"] | None
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,10 @@ def _rows(name: str, part: TransferSet) -> _Rows:
         raise DataError(f"set {name}: {'an id stands twice in its target' if ids else 'no row has a target'}")
     labels = binary(told)
     groups = aligned(table, part.groups, ids, f"groups of set {name}").to_numpy(dtype=str)
-    clusters = groups if part.clusters is None else aligned(table, part.clusters, ids, f"clusters of set {name}")
-    return _Rows(ids, labels, groups, np.asarray(clusters, dtype=str))
+    if part.clusters is None:
+        return _Rows(ids, labels, groups, None)
+    clusters = aligned(table, part.clusters, ids, f"clusters of set {name}").to_numpy(dtype=str)
+    return _Rows(ids, labels, groups, clusters)
 
 
 def _residuals(part: TransferSet, rows: _Rows, layer: int) -> Float[Tensor, "n d"]:
@@ -255,7 +257,7 @@ def _judged(
     for fold, u in enumerate(mine):
         folds[units[u].test] = fold
     right, strata = fitted.target[judge], folds[judge]
-    second = np.zeros(len(right), dtype=np.int64) if rows.clusters is rows.groups else rows.clusters
+    second = np.zeros(len(right), dtype=np.int64) if rows.clusters is None else rows.clusters
     weights = stats.crossed_weights(rows.groups, second, replicates=replicates, seed=seed)
     named = {"train": " + ".join(names[0]), "test": names[1]}
 

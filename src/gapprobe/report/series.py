@@ -33,7 +33,6 @@ METHODS = {
     "stacked": "stacked",
     "self_consistency": "samples agree",
 }
-PUBLISHED_METHODS = ("perplexity", "probe", "ensemble")
 READERS = {"log_prob": "log-probability", "letter": "letter", "option": "option's text", "either": "letter or text"}
 VARIANTS = {
     "norm_gold": "final norm, gold",
@@ -146,13 +145,12 @@ def risk(family: Family) -> dict[str, Series]:
         "stacked": (SKY, "dot"),
         "self_consistency": (GREY, "longdash"),
     }
-    found: dict[str, Series] = {}
-    for key, (color, dash) in styles.items():
-        curve = (family["selective"].get(key) or {}).get("curve") or {}
-        # What was not measured at all (no answers drawn) has no line; what could not be has an empty one.
-        if key in family["selective"] or key in PUBLISHED_METHODS:
-            found[key] = Series(METHODS[key], curve.get("coverage") or [], curve.get("risk") or [], color, dash=dash)
-    return found
+    curves = {key: (family["selective"][key] or {}).get("curve") or {} for key in styles if key in family["selective"]}
+    return {
+        key: Series(METHODS[key], curve.get("coverage") or [], curve.get("risk") or [], color, dash=dash)
+        for key, (color, dash) in styles.items()
+        if (curve := curves.get(key)) is not None
+    }
 
 
 def shared_span(families: Iterable[Family], lines: Callable[[Family], list[Series]], low: Number, high: Number) -> Span:

@@ -45,7 +45,7 @@ def _family(family: Family) -> list[str]:
     model, data, counted = family["model"], family["data"], family["counted"]
     lost = ", ".join(f"{n} {reason}" for reason, n in counted["excluded"].items())
     parts = [
-        f"`{_text(model['source'])}`: {_text(model['architecture'])}, {model['parameters']:,} parameters, "
+        f"{_text(model['source'])}: {_text(model['architecture'])}, {model['parameters']:,} parameters, "
         f"{model['layers']} layers, width {model['width']}. {data['questions']} questions about {data['entities']} "
         f"entities, {data['images']} images; {counted['n']:,} of {data['trials']:,} trials count ({lost}).",
         _table(

@@ -49,7 +49,7 @@ def probe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, progress: b
     settings = config.probe
     rows = probe_rows(outcomes, store, config)
     target = rows["visual"].astype(bool)
-    splits, refused = _cut(rows, config)
+    splits, refused = cut(rows, settings.splits, settings.folds, config.seed)
     described: Json = {
         "position": settings.position,
         "rows": settings.rows,
@@ -121,21 +121,23 @@ def _no_probe(reasons: Mapping[str, str], store: Store, n: int) -> Json:
     }
 
 
-def _cut(rows: pd.DataFrame, config: StudyConfig) -> tuple[dict[str, pd.Series[str] | None], dict[str, str]]:
+def cut(
+    rows: pd.DataFrame, names: Sequence[str], folds: int, seed: int
+) -> tuple[dict[str, pd.Series[str] | None], dict[str, str]]:
     """Return the groups of every split that these rows can be cut by, and why not for the others."""
     from gapprobe.probes.splits import nested_folds
 
     right = rows["visual"].to_numpy(dtype=bool)
     splits: dict[str, pd.Series[str] | None] = {}
     refused: dict[str, str] = {}
-    for name in config.probe.splits:
+    for name in names:
         groups = None if name == "random" else rows[name]
         try:
             if right.all() or not right.any():
                 which = "right" if len(right) and right.all() else "wrong"
                 raise DataError(f"all {len(right)} visual answers are {which}" if len(right) else "no trial counts")
             labels = None if groups is None else groups.to_numpy(dtype=str)
-            nested_folds(labels, right, folds=config.probe.folds, seed=config.seed, name=name)
+            nested_folds(labels, right, folds=folds, seed=seed, name=name)
         except DataError as error:
             refused[name] = str(error)
         else:
@@ -226,6 +228,7 @@ def cosine(store: Store, outcomes: pd.DataFrame, config: StudyConfig) -> Json:
             trials["full_information_row"].tolist(),
             position="last_input",
             layers=config.layers,
+            replicates=1,  # the intervals are those of the trials, below
         )
         raw, centred = result.raw, result.centred
     shown = trials["visual"].to_numpy(dtype=bool)

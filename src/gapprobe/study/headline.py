@@ -72,8 +72,8 @@ def _leakage(family: Mapping[str, Any]) -> str:
     published, left = worst["published"]["accuracy"], worst["grouped"]["accuracy"]
     points, (low, high) = 100 * worst["difference"]["value"], worst["difference"]["ci"]
     if low <= 0:
-        return f"The published recipe foresees {published:.0%}; no leakage beyond chance shows in that."
+        return f"The published recipe foresees {published:.0%} of the outcomes; no leakage beyond chance shows in that."
     return (
-        f"The published recipe foresees {published:.0%}, and {left:.0%} when no {group} is on both sides of the split: "
-        f"{points:.0f} points [{100 * low:.0f}, {100 * high:.0f}] of it are leakage."
+        f"The published recipe foresees {published:.0%} of the outcomes, and {left:.0%} when no {group} is on both "
+        f"sides of the split: {points:.0f} points [{100 * low:.0f}, {100 * high:.0f}] of it are leakage."
     )

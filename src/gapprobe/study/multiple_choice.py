@@ -140,7 +140,10 @@ def _log_probs(
     store: Store,
     model: Model,
 ) -> dict[str, Float[np.ndarray, " options"]]:
-    """Return the log-probabilities of a question's tokens behind its prompt, in nats, by row that ran."""
+    """Return the log-probabilities of a question's tokens behind its prompt, in nats, by row that ran.
+
+    A row whose residual is no number has none: it chooses nothing, and the others are read.
+    """
     from gapprobe.lens.logit import logit_lens
 
     failed = store.rows["error"].notna()
@@ -163,4 +166,5 @@ def _log_probs(
         top_k=0,
         divergence=False,
     )
-    return {row: read.log_prob[0, i, : len(asked[row])] for i, row in enumerate(asked)}
+    found = {row: read.log_prob[0, i, : len(asked[row])] for i, row in enumerate(asked)}
+    return {row: values for row, values in found.items() if not np.isnan(values).any()}

@@ -14,7 +14,7 @@ import torch
 
 from gapprobe.errors import ConfigError, DataError
 from gapprobe.files import told_bytes, told_count
-from gapprobe.store.format import DTYPES
+from gapprobe.study.asking import POSITIONS
 from gapprobe.tasks.examples import Example
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gapprobe.study.run import Study
 
 SAMPLE = 32  # prompts that are encoded to know how long they are
-TABLE_BYTES = 2048  # of a row beside its residuals, before compression
+OPTION_TOKENS = 12  # of an option with its letter, at a guess: what is asked with options is not made up for a plan
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Plan:
             *map(_line, self.steps),
             f"forward passes {self.forward_passes:,}, disk {told_bytes(self.disk)}, memory of the device above "
             f"{told_bytes(self.memory)} (weights {told_bytes(self.weights)}, and a batch's keys and values)",
-            f"at least {_duration(self.hours(tflops))} at {tflops:,.3g} TFLOP/s ({basis}); twice to four times that is "
-            "usual, for decoding a token at a time keeps a device waiting for its memory",
+            f"at least {_duration(self.hours(tflops))} at {tflops:,.3g} TFLOP/s ({basis}): decoding a token at a time, "
+            "a device waits for its memory",
         ]
         return "\n".join(lines)
 
@@ -114,31 +114,39 @@ def plan(study: Study, model: Model) -> Plan:
     Raises:
         DataError: none of the sampled examples can be encoded.
     """
+    from gapprobe.tracing.plan import Need
+
     config = study.config
     calls = study.calls
     length = _tokens(model, calls)
     layers = model.n_layers + 1 if config.layers == "all" else len(config.layers)
     size = torch.empty(0, dtype=model.dtype).element_size()
-    stored = DTYPES[str(model.dtype).removeprefix("torch.")][1].itemsize
-    told = f"{told_count(len(study.trials), 'trial')}, {layers} layers x 2 tokens x {model.width} wide"
-    steps = [_capture("capture", len(calls), length, config.max_new_tokens, layers * 2 * model.width * stored, told)]
+    trials = len(study.trials)
+
+    def asked(name: str, rows: int, prompt: float, layers: int, tokens: int, told: str) -> Step:
+        dtype = str(model.dtype).removeprefix("torch.")
+        need = Need(rows, layers, float(tokens), tokens, model.width, dtype, config.batch_size)
+        return Step(name, rows, round(rows * (prompt + config.max_new_tokens)), need.bytes, told)
+
+    told = f"{told_count(trials, 'trial')}, {layers} layers x {len(POSITIONS)} tokens x {model.width} wide"
+    steps = [asked("capture", len(calls), length, layers, len(POSITIONS), told)]
     if config.samples is not None:
         shown = len({(trial.visual.text, trial.image.name) for trial in study.trials})
-        drawn = shown * config.samples.count
         told = f"{config.samples.count} answers drawn to each of {told_count(shown, 'visual call')}"
-        steps.append(_capture("draws", drawn, length, config.max_new_tokens, model.width * stored, told))
+        steps.append(asked("draws", shown * config.samples.count, length, 1, 1, told))
     if config.choices is not None:
-        told = f"the calls once more, with {config.choices.options} options"
-        each = length + 12 * config.choices.options  # a dozen tokens an option, letter and all
-        steps.append(_capture("choices", len(calls), each, config.max_new_tokens, model.width * stored, told))
-    fits = layers * len(config.probe.splits) * config.probe.folds**2 * (1 + len(config.probe.controls))
-    trials = len(study.trials)
+        told = f"at most: the calls once more, with {config.choices.options} options"
+        steps.append(asked("choices", len(calls), length + OPTION_TOKENS * config.choices.options, 1, 1, told))
+    splits = told_count(len(config.probe.splits), "split")
+    controls = told_count(len(config.probe.controls), "control")
     steps += [
-        Step("gap", trials, 0, 0, "accuracies, which trials count, the gap by both judges"),
-        Step("probe", trials, 0, 0, f"at most, those that count: about {fits:,} fits with the controls"),
-        Step("lens", 2 * trials, 0, 0, f"{layers} layers in four conventions"),
-        Step("cosine", 2 * trials, 0, 0, f"{layers} layers, visual with full information"),
-        Step("selective", trials, 0, 0, "risk and coverage by every confidence"),
+        Step("gap", trials, 0, 0, "accuracies, which trials count, the gap"),
+        Step("judges", trials, 0, 0, "the same by both judges"),
+        Step("probe", trials, 0, 0, f"at most: {layers} layers, {splits}, {controls}"),
+        Step("recipe", trials, 0, 0, "at most: the published probe, and what of it leaks"),
+        Step("lens", 2 * trials, 0, 0, f"at most: {layers} layers in four conventions"),
+        Step("cosine", 2 * trials, 0, 0, f"at most: {layers} layers, visual with full information"),
+        Step("selective", trials, 0, 0, "at most: risk and coverage by every confidence"),
     ]
     weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
     # Keys and values of every layer, at most as wide as the stream.
@@ -195,10 +203,6 @@ def status(study: Study) -> list[tuple[str, str]]:
     bad = f", {failed:,} could not be run" if failed else ""
     found = [("capture", f"{len(there):,} of {len(wanted):,} rows{bad}")]
     return found + [(name, study.step_state(name, store)) for name in study.step_names]
-
-
-def _capture(name: str, rows: int, length: float, answer: int, kept: int, told: str) -> Step:
-    return Step(name, rows, round(rows * (length + answer)), rows * (kept + TABLE_BYTES), told)
 
 
 def _tokens(model: Model, calls: list[Example]) -> float:

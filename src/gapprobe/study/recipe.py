@@ -16,6 +16,7 @@ from jaxtyping import Bool
 
 from gapprobe import stats
 from gapprobe.errors import DataError
+from gapprobe.study.analysis import cut
 from gapprobe.study.config import StudyConfig
 from gapprobe.study.gap import weights_for
 from gapprobe.study.outcomes import runnable
@@ -36,8 +37,8 @@ def published_recipe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, 
         `n` rows, `layers`, `majority` (accuracy of always saying the commoner class), `accuracy[]` by layer on one
         random fifth of the rows, as published, and under `by.<random|question|entity>`: `accuracy[]` on all rows held
         out in turn, with `ci[]`. `leakage.<question|entity>` is at the layer that is best by the published figure, as
-        one would report it: `layer`, `published`, `grouped` and their `difference`, from the same replicates.
-        Where nothing can be fitted, `why_not` says why and the rest is null.
+        one would report it: `layer`, `published`, `grouped` and their `difference`, from the same replicates. Groups
+        that are too few for five folds are left out. Where nothing can be fitted, `why_not` says why.
     """
     from gapprobe.probes.sweep import sweep_probes
 
@@ -50,13 +51,16 @@ def published_recipe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, 
     nothing: Json = {"n": len(rows), "layers": layers, "majority": None, "accuracy": None, "by": {}, "leakage": {}}
     if not len(rows):
         return nothing | {"why_not": "no trial has a right full-information answer"}
+    splits, refused = cut(rows, ("random", *GROUPS), FOLDS, config.seed)
+    if "random" not in splits:
+        return nothing | {"why_not": refused["random"]}
     try:
         sweep = sweep_probes(
             store,
             rows["visual"].astype(bool),
             position="last_output",
             layers=layers,
-            splits={"random": None, **{group: rows[group] for group in GROUPS}},
+            splits=splits,
             controls=[],
             folds=FOLDS,
             strengths=[1.0],
@@ -68,7 +72,7 @@ def published_recipe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, 
         return nothing | {"why_not": str(error)}
     weights = weights_for(rows, config.probe.replicates, config.seed)
     hits: dict[str, Bool[np.ndarray, "l n"]] = {
-        split: (sweep.cell(split=split).scores[:, 0] > 0) == right for split in ("random", *GROUPS)
+        split: (sweep.cell(split=split).scores[:, 0] > 0) == right for split in splits
     }
     fifth = sweep.cell(split="random").folds.outer == 0
     published = hits["random"][:, fifth].mean(1)
@@ -93,5 +97,6 @@ def published_recipe(store: Store, outcomes: pd.DataFrame, config: StudyConfig, 
                 ),
             }
             for group in GROUPS
+            if group in splits
         },
     }

@@ -34,13 +34,12 @@ def measured(estimate: Estimate, name: str = "value") -> Json:
 
 def records(table: pd.DataFrame) -> list[Json]:
     """Return the rows of a table as JSON holds them: plain numbers and truth values, NaN and infinities as None."""
-    return [
-        {
-            str(key): number(value) if isinstance(value, float) else value.item() if hasattr(value, "item") else value
-            for key, value in row.items()
-        }
-        for row in table.to_dict("records")
-    ]
+
+    def plain(value: Any) -> Any:
+        value = value.item() if hasattr(value, "item") else value
+        return number(value) if isinstance(value, float) else value
+
+    return [{str(key): plain(value) for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def read_results(path: Path) -> Json:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,19 @@ def test_damaged_and_monstrous_pictures_are_left_out_and_named(
     for file in (folder / "maple_tree").iterdir():
         file.write_bytes(b"no picture")
     with pytest.raises(ConfigError, match="none of the 5 pictures of maple tree can be decoded"):
+        prepare_dataset("folder", str(folder), tmp_path / "out", progress=False)
+
+
+def test_two_pictures_of_one_name_and_names_that_are_no_text(folder: Path, tmp_path: Path) -> None:
+    (folder / os.fsdecode(b"caf\xe9")).mkdir()
+    (folder / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xff.png")).write_bytes(picture(9))
+    made = prepare_dataset("folder", str(folder), tmp_path / "out", progress=False)
+    assert made.images["caf\\udce9"] == 1
+    images = load_images(tmp_path / "out" / "images.parquet", ["caf\\udce9"])
+    assert images.by_entity["caf\\udce9"][0].read() == picture(9)
+    (folder / "maple tree").mkdir()
+    (folder / "maple tree" / "00.png").write_bytes(picture(7))
+    with pytest.raises(ConfigError, match=r"has two pictures 00\.png of maple tree: rename one"):
         prepare_dataset("folder", str(folder), tmp_path / "out", progress=False)
 
 

@@ -100,6 +100,14 @@ def test_cifar_and_food_come_from_parquet_and_the_file_outranks_our_names(tmp_pa
     assert len({p.name for p in both}) == 5
 
 
+def test_a_row_group_is_read_once_for_all_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = parquet(tmp_path / "a.parquet", "image", "label", ["x"] * 7), []
+    group = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, i, **k: read.append(i) or group(self, i, **k))
+    assert [p.read() for p in from_parquet(path)] == [png(i) for i in range(7)]
+    assert read == [0, 1, 2, 3]
+
+
 def test_a_hub_data_set_gives_the_same(tmp_path: Path) -> None:
     """A real `datasets` object, streamed; that the hub gives it cannot be tried without one."""
     path = parquet(tmp_path / "a.parquet", "image", "label", [1, 0, 1])

@@ -82,9 +82,11 @@ def prepare_dataset(
 
     if images_per_entity < 1:
         raise ConfigError(f"images_per_entity is {images_per_entity}; it must be at least 1")
-    by_entity: dict[str, list[Picture]] = {}
+    by_entity: dict[str, dict[str, Picture]] = {}
     for picture in pictures(kind, source, split):
-        by_entity.setdefault(picture.entity, []).append(picture)
+        # A study tells pictures apart by their names.
+        if by_entity.setdefault(picture.entity, {}).setdefault(picture.name, picture) is not picture:
+            raise ConfigError(f"{source} has two pictures {picture.name} of {picture.entity}: rename one of them")
     if unknown := [name for name in entities if name not in by_entity]:
         raise ConfigError(f"{source} has no class {unknown[0]!r}; it has {', '.join(sorted(by_entity))}")
     chosen = sorted(entities or by_entity)
@@ -93,7 +95,7 @@ def prepare_dataset(
     for entity in tqdm(chosen, desc=kind, unit="class", disable=not progress):
         # Each class has draws of its own: those of one do not depend on which others are wanted.
         own = int.from_bytes(hashlib.sha256(entity.encode()).digest()[:8])
-        candidates = by_entity[entity]
+        candidates = list(by_entity[entity].values())
         found: list[tuple[str, str, bytes]] = []
         for i in np.random.default_rng([seed, own]).permutation(len(candidates)).tolist():
             if len(found) == images_per_entity:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from gapprobe.errors import ConfigError, DataError
 from gapprobe.tasks.datasets.classes import CIFAR100, DIGITS
 from gapprobe.tasks.images import SUFFIXES
 
+KINDS = ("mnist", "cifar100", "food101", "folder")
+GROUPS = 16  # row groups of parquet files that are held: pictures of one class lie together in most
 IMAGES, LABELS = 2051, 2049  # the first number of an IDX file, which says what it holds (LeCun's MNIST page)
 LARGEST_IDX = 1 << 30  # bytes; MNIST's training images are 47 MB
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -101,7 +104,7 @@ def from_folders(path: Path, wanted: Path | None = None) -> list[Picture]:
     if not path.is_dir():
         raise ConfigError(f"{path} is no folder; it must hold one folder a class")
     found = [
-        Picture(folder.name.replace("_", " "), file.name, file.read_bytes)
+        Picture(_readable(folder.name).replace("_", " "), _readable(file.name), file.read_bytes)
         for folder in sorted(path.iterdir())
         if folder.is_dir()
         for file in sorted(folder.iterdir())
@@ -173,9 +176,6 @@ def pictures(kind: str, source: str, split: str = "test") -> list[Picture]:
     )
 
 
-KINDS = ("mnist", "cifar100", "food101", "folder")
-
-
 def _from_hub(name: str, split: str) -> Any:
     try:
         import datasets
@@ -244,12 +244,23 @@ def _named(label: object, names: Sequence[str], where: Path | str) -> str:
 def _reader(file: Path, group: int, row: int, column: str) -> Callable[[], bytes]:
     def read() -> bytes:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         try:
-            cell = pq.ParquetFile(file).read_row_group(group, columns=[column], use_threads=False)[column][row].as_py()
-            return bytes(cell["bytes"])
+            return bytes(_cells(file, group, column)[row].as_py()["bytes"])
         except (pa.ArrowException, OSError, TypeError, KeyError) as error:
             raise DataError(f"row {row} of row group {group} of {file} holds no picture: {error}") from error
 
     return read
+
+
+@lru_cache(maxsize=GROUPS)
+def _cells(file: Path, group: int, column: str) -> Any:
+    """Return a column of a row group: parquet gives no single rows, and reading a group for each would take hours."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(file).read_row_group(group, columns=[column], use_threads=False)[column]
+
+
+def _readable(name: str) -> str:
+    """Return the name of a file as text that can be written; bytes that are no UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
