@@ -1,5 +1,6 @@
 """The lens over a store: conventions, targets, resuming, refusals, and the same numbers as the kernel's definition."""
 
+import inspect
 import shutil
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from gapprobe.demo import FOLDER
 from gapprobe.errors import ConfigError, DataError, StoreError
 from gapprobe.kernels.logit_lens import Unembedding, read_reference, reference
 from gapprobe.lens import logit
-from gapprobe.lens.logit import logit_lens
+from gapprobe.lens.logit import _targets, logit_lens
 from gapprobe.store.format import ROLES, StoredRow
 from gapprobe.store.reader import open_store
 from gapprobe.store.writer import StoreWriter
@@ -278,6 +279,30 @@ def test_a_lens_of_ones_own(store_of, head, residuals, tmp_path):
         logit_lens(store, head, lens=Halved(), position="last_input", folder=tmp_path)
     with pytest.raises(ConfigError, match="no lens is called 'halve'; there are logit"):
         logit_lens(store, head, lens="halve", position="last_input")
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda x: x[0], r"gives a tensor \[8\] at layer 0"),
+        (lambda x: x[:, :3], r"gives a tensor \[9, 3\] at layer 0"),
+        (lambda x: x * torch.nan, r"gives a tensor \[9, 8\] at layer 0, in place of finite"),
+        (lambda x: x.numpy(), "gives ndarray at layer 0"),
+    ],
+)
+def test_a_lens_that_gives_something_else_is_named(store_of, head, residuals, made, told):
+    lens = Halved()
+    lens.translate = lambda x, _: made(x)
+    with pytest.raises(DataError, match=told):
+        logit_lens(store_of(residuals, IDS), head, lens=lens, position="last_input")
+
+
+def test_targets_that_are_no_numbers_of_tokens_are_refused(store_of, head, residuals):
+    targets_of = inspect.unwrap(_targets)  # as users reach it, whom no type checker stops
+    store = store_of(residuals, IDS)
+    for wrong in (np.full(9, 1.7), np.full(9, np.nan), ["a"] * 9, np.ones(9, bool), np.ones((9, 1, 1), int)):
+        with pytest.raises(DataError, match=r"are numbers of tokens, \[n\] or \[n q\], not"):
+            targets_of(store, head, wrong, IDS, "last_input")
 
 
 def test_refusals(store_of, head, residuals):

@@ -224,6 +224,23 @@ def test_a_row_without_a_cluster_or_twice_in_it_is_refused(store_of):
         found.by_layer(clusters=pd.Series(["x", "y", "z", "z"], index=[*ids, ids[0]]))
 
 
+def test_groups_that_name_no_row_or_one_twice_are_refused(store_of):
+    ids = tuple(f"row-{i}" for i in range(3))
+    store = store_of(torch.randn(2, 3, 4), ids)
+    found = gp.logit_lens(store, Unembedding(torch.eye(4)), np.zeros(3, dtype=int), position="last_input")
+    with pytest.raises(DataError, match="groups: an id stands twice"):
+        found.by_layer(pd.Series(["x"] * 4, index=[*ids, ids[0]]))
+    with pytest.raises(DataError, match="groups: none of the 3 rows has one, row-0 for instance"):
+        found.by_layer(pd.Series(["x"] * 3, index=range(3)))
+
+
+def test_a_vocabulary_that_is_none_is_refused(reading):
+    with pytest.raises(DataError, match="the vocabulary has 2 words, and the reading has the token"):
+        reading.plot("one", ["a", "b"])
+    with pytest.raises(DataError, match="words is one text"):
+        reading.plot("one", "abcdefgh")
+
+
 def test_a_row_without_tokens_cannot_be_shown(reading):
     empty = replace(reading, ids=("none", "one", "two"), row=reading.row + 1)
     with pytest.raises(DataError, match="row none has no tokens to show"):

@@ -99,3 +99,10 @@ def test_what_cannot_be_compared_is_refused(store, digits, tmp_path):
     broken = gp.import_activations(tmp_path / "s", bad[:, None], ids=ids, allow_nonfinite=True)
     with pytest.raises(DataError, match="row 'digit 5' has NaN or an infinity at layer 0"):
         gp.cka(broken)
+
+
+def test_batches_that_the_estimator_cannot_use_are_refused(store):
+    ids = list(store.ids)[:5]
+    with pytest.raises(DataError, match="the smallest would have 2 rows, and wants at least 4; raise `batch`"):
+        gp.cka(store, rows=ids, batch=4)
+    assert gp.cka(store, rows=ids, batch=5).table.notna().any().any()

@@ -1,5 +1,6 @@
 """Cosines over stores: pairing, variants, groups with intervals, blocks, resuming, files, and refusals."""
 
+import json
 import os
 from dataclasses import replace
 
@@ -7,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 
@@ -248,6 +251,60 @@ def test_a_store_of_other_activations_is_not_mistaken_for_what_is_kept(tmp_path)
         found.append(gp.cosine(store, IDS[:6], IDS[6:], folder=tmp_path / "kept").raw)
     assert len(os.listdir(tmp_path / "kept")) == 2
     assert (found[0] != found[1]).all()
+
+
+def test_what_is_kept_stays_in_the_folder_whatever_a_position_is_called(tmp_path):
+    """A store names its positions as it likes; this one's name would lead out, to a file beside the folder."""
+    x = numbers(8, 2, 5)  # [n l d]
+    name = "a/../../outside"
+    store = gp.import_activations(tmp_path / "store", x.numpy(), position=name, model="hostile")
+    ids = list(store.ids)
+    folder = tmp_path / "inside" / "kept"
+    found = gp.cosine(store, ids[:4], ids[4:], position=name, folder=folder)
+    assert {path.parent for path in tmp_path.rglob("*.safetensors")} == {folder, tmp_path / "store" / "shards"}
+    again = gp.cosine(store, ids[:4], ids[4:], position=name, folder=folder)
+    np.testing.assert_array_equal(again.raw, found.raw)
+
+
+@pytest.mark.parametrize("spoiled", [{"x": np.zeros(3)}, {"cosines": np.zeros((3, 1), "f4"), "apart": np.zeros(3)}])
+def test_a_kept_file_that_holds_something_else_is_made_anew(trials, tmp_path, spoiled):
+    def ask():
+        return gp.cosine(trials, pair=("visual", "full_information"), folder=tmp_path, replicates=1)
+
+    first = ask()
+    for path in tmp_path.iterdir():
+        save_file(spoiled, path)
+    np.testing.assert_array_equal(ask().raw, first.raw)
+
+
+def test_a_file_whose_arrays_do_not_belong_together_is_none(trials, tmp_path):
+    path = gp.cosine(trials, pair=("visual", "full_information"), replicates=1).save(tmp_path / "cosines.safetensors")
+    with safe_open(str(path), "numpy") as file:
+        (name, told), arrays = next(iter(file.metadata().items())), {v: file.get_tensor(v) for v in VARIANTS}
+    told = json.loads(told)
+    for change, own in (
+        ({"layers": None}, {}),
+        ({"layers": 3}, {}),
+        ({"left": told["left"][1:]}, {}),
+        ({"lonely": "many"}, {}),
+        ({}, {"raw": arrays["raw"][:, :3]}),
+    ):
+        save_file(arrays | own, tmp_path / "spoiled", metadata={name: json.dumps(told | change)})
+        with pytest.raises(DataError, match="spoiled cannot be read as cosines"):
+            gp.load_cosine(tmp_path / "spoiled")
+
+
+def test_names_from_a_store_are_no_markup_in_figures(trials):
+    evil = "<b>x</b>"
+    found = gp.cosine(trials, pair=("visual", "full_information"), replicates=10, position=["first", "last_input"])
+    table = found.table.assign(position=found.table["position"].replace("first", evil), group=evil)
+    texts = [replace(found, table=table, positions=(evil, "last_input")).plot()]
+    texts.append(replace(gp.cka(trials, position="first"), sides=(evil, evil)).plot())
+    for figure in texts:
+        shown = [note.text for note in figure.layout.annotations] + [trace.name for trace in figure.data]
+        shown += [figure.layout.xaxis.title.text, figure.layout.yaxis.title.text]
+        assert not [text for text in shown if text and "<b>" in text]
+        assert any("&lt;b&gt;" in text for text in shown if text)
 
 
 def test_what_is_saved_is_what_is_loaded(trials, tmp_path):

@@ -186,7 +186,7 @@ def _read(
     final = _clean(batch.residual[at[last]], fine[at[last]]) if divergence else None
     for i, layer in enumerate(layers):
         if layer != last:
-            x[i] = lens.translate(x[i], layer)
+            x[i] = _translated(lens, x[i], layer)
     try:
         found = read(x, head, wanted, top_k=top_k, final=final)
     except ValueError as error:
@@ -209,6 +209,17 @@ def _read(
         top_log_prob=found.top_log_prob.where(own[..., None], torch.nan).numpy(),
         kl=None if kl is None else kl.numpy(),
     )
+
+
+def _translated(lens: Lens, x: Float[Tensor, "t d"], layer: int) -> Float[Tensor, "t d"]:
+    """Return what a lens makes of residuals; one's own may give anything."""
+    found = cast(object, lens.translate(x, layer))  # whatever the annotation says
+    if not isinstance(found, Tensor) or found.shape != x.shape or not bool(torch.isfinite(found).all()):
+        what = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise DataError(
+            f"the {lens.name} lens gives {what} at layer {layer}, in place of finite numbers of shape {list(x.shape)}"
+        )
+    return found
 
 
 def _clean(x: Tensor, fine: Tensor) -> Float[Tensor, "t d"]:
@@ -244,7 +255,13 @@ def _targets(
         return _of_series(model, targets, ids)
     if len(targets) != len(ids):
         raise DataError(f"{len(ids)} rows and {len(targets)} lines of targets: give one line a row")
-    given = np.asarray(targets, dtype=np.int64)
+    given = np.asarray(targets)
+    if given.ndim not in (1, 2) or (given.size and given.dtype.kind not in "iu"):
+        raise DataError(
+            f"targets given row by row are numbers of tokens, [n] or [n q], not {given.dtype} of shape {given.shape}; "
+            "answers in words go by row id, as a series"
+        )
+    given = given.astype(np.int64)
     return given if given.ndim == 2 else given[:, None], GIVEN
 
 

@@ -175,8 +175,16 @@ def _spoken(words: Model | Sequence[str] | None) -> Callable[[int], str]:
     """Return how a token reads, spaces made visible."""
     if words is None:
         return str
+    if isinstance(words, str):
+        raise DataError("words is one text; give the vocabulary as a list, a word for each token, or the model")
     if isinstance(words, Sequence):
-        return lambda token: words[token].replace(" ", "␣").replace("\n", "⏎")
+
+        def word(token: int) -> str:
+            if token >= len(words):
+                raise DataError(f"the vocabulary has {len(words)} words, and the reading has the token {token}")
+            return words[token].replace(" ", "␣").replace("\n", "⏎")
+
+        return word
     decode = cast(Any, words.tokenizer).convert_ids_to_tokens
     back = cast(Any, words.tokenizer).convert_tokens_to_string
     kept: dict[int, str] = {}

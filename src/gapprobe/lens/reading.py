@@ -167,12 +167,13 @@ class LensReading:
             group, layer, probability, ci_low, ci_high, n.
 
         Raises:
-            DataError: the reading has no targets, or not one token a row; or a row has no cluster.
+            DataError: the reading has no targets, or not one token a row; or a row has no cluster; or groups name a row
+                twice, or none of the rows.
         """
         if not self.targets.shape[1] or len(self.row) != len(set(self.row.tolist())):
             raise DataError("means over rows want one token a row and a target: read with `position` and `targets`")
         ids = [self.ids[i] for i in self.row.tolist()]
-        group = pd.Series("all", index=ids) if groups is None else groups.reindex(ids)
+        group = pd.Series("all", index=ids) if groups is None else _grouped(groups, ids)
         pair = clusters if isinstance(clusters, tuple) else (clusters, None)
         whole = np.zeros(len(ids), dtype=np.int64)
         question = np.array(ids, dtype=str) if pair[0] is None else by_id(pair[0], ids, "clusters").to_numpy(dtype=str)
@@ -239,6 +240,17 @@ class LensReading:
             tensors["kl"] = np.ascontiguousarray(self.kl)
         about = {"format": FORMAT, "label": self.label, "layers": json.dumps(self.layers), "ids": json.dumps(self.ids)}
         write_bytes(Path(path), save(tensors, about))
+
+
+def _grouped(groups: pd.Series, ids: Sequence[str]) -> pd.Series:
+    """Return the group of every row, NaN for none."""
+    groups = groups.set_axis(groups.index.map(str))
+    if not groups.index.is_unique:
+        raise DataError("groups: an id stands twice in the index; give one value a row")
+    found = groups.reindex(list(ids))
+    if len(found) and found.isna().all():
+        raise DataError(f"groups: none of the {len(found)} rows has one, {ids[0]} for instance; give them by row id")
+    return found
 
 
 _BY_TOKEN = ("row", "token_ids", "token_positions", "token_roles", "targets")

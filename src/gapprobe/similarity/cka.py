@@ -5,6 +5,7 @@ The arithmetic is `kernels.cka`; rows are read in batches, so memory does not gr
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -70,8 +71,8 @@ class CkaResult:
         figure.update_layout(
             template="plotly_white", title=f"Linear CKA, {kind}, {self.n:,} rows", width=640, height=560
         )
-        figure.update_xaxes(title_text=f"layer, {self.sides[1]}", type="category")
-        figure.update_yaxes(title_text=f"layer, {self.sides[0]}", type="category")
+        figure.update_xaxes(title_text=f"layer, {html.escape(self.sides[1])}", type="category")
+        figure.update_yaxes(title_text=f"layer, {html.escape(self.sides[0])}", type="category")
         return figure
 
 
@@ -121,6 +122,12 @@ def cka(
         ids = list(store.ids if other is None else same_ids(store, right).left)
     if len(ids) < LEAST or batch < LEAST:
         raise DataError(f"CKA of {len(ids)} rows in batches of {batch}: it wants at least {LEAST}")
+    count = -(-len(ids) // batch)
+    if len(ids) // count < LEAST:
+        raise DataError(
+            f"CKA of {len(ids)} rows in batches of {batch}: the smallest would have {len(ids) // count} rows, and "
+            f"wants at least {LEAST}; raise `batch`"
+        )
     if not debiased and len(ids) > batch:
         raise DataError(
             f"the biased CKA of {len(ids)} rows wants all of them at once, and batch is {batch}: raise `batch`, choose "
@@ -136,7 +143,6 @@ def cka(
         for each, place, own in zip((store, right), places, chosen, strict=True)
     ]
     same = right is store and places[0] == places[1] and chosen[0] == chosen[1]
-    count = -(-len(ids) // batch)
     order = np.random.default_rng(seed).permutation(len(ids))
     cross = torch.zeros(len(chosen[0]), len(chosen[1]), dtype=torch.float64)
     own = [torch.zeros(len(layers), dtype=torch.float64) for layers in chosen]

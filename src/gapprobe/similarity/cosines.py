@@ -186,8 +186,10 @@ def _all_layers(
     def one(place: tuple[int, int]) -> None:
         torch.set_num_threads(1)
         at, p = place
-        path = None if folder is None else Path(folder) / f"{mark}-{positions[p]}-{layers[at]}.safetensors"
-        kept = None if path is None else _read(path)
+        # Hashed: a store names its positions as it likes, and a name may lead out of the folder.
+        named = xxhash.xxh3_64(positions[p].encode()).hexdigest()
+        path = None if folder is None else Path(folder) / f"{mark}-{named}-{layers[at]}.safetensors"
+        kept = None if path is None else _read(path, n)
         if kept is None:
             cosines, own = _layer(sides, layers[at], positions[p])
             kept = {"cosines": cosines, "apart": own}
@@ -233,12 +235,14 @@ def _mark(sides: _Sides) -> str:
     return hashed.hexdigest()
 
 
-def _read(path: Path) -> dict[str, np.ndarray] | None:
-    """Return what is kept of a layer; a file that cannot be read is made again."""
+def _read(path: Path, n: int) -> dict[str, np.ndarray] | None:
+    """Return what is kept of a layer; a file that cannot be read, or holds something else, is made again."""
     try:
-        return load(path.read_bytes())
+        found = load(path.read_bytes())
     except (SafetensorError, OSError):
         return None
+    shapes = {name: array.shape for name, array in found.items()}
+    return found if shapes == {"cosines": (len(VARIANTS), n), "apart": (len(VARIANTS),)} else None
 
 
 def _draws(codes: Sequence[Shaped[np.ndarray, " n"]], replicates: int, seed: int) -> Iterator[Float[np.ndarray, "b n"]]:

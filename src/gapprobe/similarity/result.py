@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,23 +94,24 @@ def load_cosine(path: str | Path) -> CosineResult:
         with safe_open(str(path), framework="numpy") as file:
             told: dict[str, Any] = json.loads((file.metadata() or {})[_FORMAT])
             arrays = {name: file.get_tensor(name) for name in VARIANTS}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        layers, positions, left, right = (tuple(told[name]) for name in ("layers", "positions", "left", "right"))
+        groups, table = np.array(told["groups"], dtype=str), pd.DataFrame(told["table"])
+        # One position has an axis of its own where it was given in a list.
+        shapes = {array.shape[-2:] for array in arrays.values()} | {(len(layers), len(right))}
+        axes = {array.shape[:-2] for array in arrays.values()}
+        allowed = ({(len(positions),)}, {()}) if len(positions) == 1 else ({(len(positions),)},)
+        if len(shapes) > 1 or axes not in allowed or groups.shape != (len(left),) or len(left) != len(right):
+            raise ValueError("its arrays do not belong together")
+        return CosineResult(layers, **arrays, positions=positions, left=left, right=right, groups=groups,
+                            lonely=int(told["lonely"]), table=table)  # fmt: skip
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} cannot be read as cosines; give a file that CosineResult.save wrote") from error
-    return CosineResult(
-        layers=tuple(told["layers"]),
-        **arrays,
-        positions=tuple(told["positions"]),
-        left=tuple(told["left"]),
-        right=tuple(told["right"]),
-        groups=np.array(told["groups"], dtype=str),
-        lonely=told["lonely"],
-        table=pd.DataFrame(told["table"]),
-    )
 
 
 def _drawn(table: pd.DataFrame, positions: tuple[str, ...]) -> go.Figure:
     several = len(positions) > 1
-    titles = [f"{title}{f', {position}' if several else ''}" for position in positions for title in VARIANTS.values()]
+    told = [f", {html.escape(position)}" if several else "" for position in positions]
+    titles = [f"{title}{at}" for at in told for title in VARIANTS.values()]
     figure = drawing.plotly("subplots").make_subplots(
         rows=len(positions), cols=len(VARIANTS), subplot_titles=titles, shared_xaxes=True, horizontal_spacing=0.05
     )
@@ -118,7 +120,8 @@ def _drawn(table: pd.DataFrame, positions: tuple[str, ...]) -> go.Figure:
         line = line.sort_values("layer")
         row, col = positions.index(str(position)) + 1, list(VARIANTS).index(str(variant)) + 1
         first = (row, col) == (1, 1)
-        name = f"{group} (n = {line['n'].max():,})" if first else str(group)
+        spoken = html.escape(str(group))
+        name = f"{spoken} (n = {line['n'].max():,})" if first else spoken
         style = drawing.look(groups.index(group))
         drawing.line_with_band(
             figure, line, "layer", "mean", name=name, style=style, group=str(group), legend=first, at=(row, col)
