@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from gapprobe.store.remote.pulling import pull as pull
     from gapprobe.store.remote.pushing import push as push
     from gapprobe.study.config import load_config as load_config
-    from gapprobe.study.run import Study as Study
     from gapprobe.study.run import run_studies as run_studies
+    from gapprobe.study.study import Study as Study
     from gapprobe.tasks.agreement import agreement as agreement
     from gapprobe.tasks.choices import make_choices as make_choices
     from gapprobe.tasks.examples import Example as Example
@@ -150,7 +150,7 @@ _HOMES = {
     "collect_garbage": "gapprobe.store.care.clearing",
     "TokenBatches": "gapprobe.store.batches",
     "load_config": "gapprobe.study.config",
-    "Study": "gapprobe.study.run",
+    "Study": "gapprobe.study.study",
     "run_studies": "gapprobe.study.run",
     "Example": "gapprobe.tasks.examples",
     "ImageFile": "gapprobe.tasks.images",

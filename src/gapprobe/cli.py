@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from gapprobe.store.exchange.importing import TracedModel
     from gapprobe.study.config import StudyConfig
-    from gapprobe.study.run import Study
+    from gapprobe.study.study import Study
 
 Positional = tyro.conf.Positional
 Family = Literal["llava", "instructblip", "both"]
@@ -161,7 +161,10 @@ def run(
         gapprobe study run configs/llava-1.6-vicuna-7b.toml --data landmarks --out runs/landmarks
         gapprobe study run llava-1.6.toml instructblip.toml --out runs/two
     """
-    _run(_configs(configs, data), out)
+    chosen = _configs(configs, data)
+    if any(config.server for config in chosen):
+        _tell_costs(chosen, out)
+    _run(chosen, out)
 
 
 @study.command
@@ -171,21 +174,27 @@ def plan(
     tflops: Annotated[
         float | None, tyro.conf.arg(help="of the device, in the study's dtype; measured if the device is here")
     ] = None,
+    out: Out = OUT,
 ) -> None:
     """Print steps, rows, forward passes, disk, memory and hours of a study, before anything runs.
 
-    Fetches the model's configuration and processor, no weights. Hours are a lower bound.
+    Fetches the model's configuration and processor, no weights. Hours are a lower bound. Of a model behind a server it
+    prints requests, tokens and their price, less what is answered in the output folder already.
 
     For example:
         gapprobe study plan configs/llava-1.6-vicuna-7b.toml --tflops 150
+        gapprobe study plan configs/gpt-4o.toml --data landmarks
     """
     from gapprobe.models.loading import load_model
     from gapprobe.study.planning import measured_tflops
     from gapprobe.study.planning import plan as planned
-    from gapprobe.study.run import Study
+    from gapprobe.study.run import open_study
 
     for config in _configs(configs, data):
-        asked = Study(config, OUT)
+        if config.server:
+            _tell_costs([config], out)
+            continue
+        asked = open_study(config, out)
         outline = load_model(config.model_source, dtype=config.dtype, device="meta", revision=config.revision)
         rate = tflops or measured_tflops(config.device, outline.dtype)
         print(planned(asked, outline).told(rate, "as given" if tflops else f"matrix products on {config.device}, here"))
@@ -203,11 +212,11 @@ def status(
         gapprobe study status my-study.toml --out runs/mine
     """
     from gapprobe.study.planning import status as stand
-    from gapprobe.study.run import Study
+    from gapprobe.study.run import open_study
 
     for config in _configs(configs, data):
         print(config.name)
-        for step, state in stand(Study(config, out)):
+        for step, state in stand(open_study(config, out)):
             print(f"  {step:10} {state}")
 
 
@@ -247,13 +256,13 @@ def validate(
     For example:
         gapprobe study validate my-study.toml --model llava-hf/llava-v1.6-34b-hf --out runs/classes
     """
-    from gapprobe.study.run import Study
+    from gapprobe.study.run import open_study
     from gapprobe.study.validation import validate_classes
 
     chosen = _config(config, data)
     if model is not None:
         chosen = chosen.model_copy(update={"model": model, "revision": None, "name": f"{chosen.name}-classes"})
-    table = validate_classes(Study(chosen, out), images=images, share=share)
+    table = validate_classes(open_study(chosen, out), images=images, share=share)
     table.to_csv(out / "classes.csv", index=False)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
     gone = table[~table["kept"]]["entity"].tolist()
@@ -318,10 +327,10 @@ def transfer_study(
         gapprobe study transfer configs/llava-1.6-vicuna-7b.toml --out runs/llava | jq .best
         gapprobe study transfer llava.toml instructblip.toml --out runs/two | jq .best
     """
-    from gapprobe.study.run import Study
+    from gapprobe.study.run import open_study
     from gapprobe.study.transfer import transfer_between
 
-    _print(transfer_between([Study(config, out) for config in _configs(configs, data)], progress=True))
+    _print(transfer_between([open_study(config, out) for config in _configs(configs, data)], progress=True))
 
 
 @study.command
@@ -678,6 +687,76 @@ def okvqa(
     print(f"{out}: {told_count(len(table), 'question')}")
 
 
+@data.command
+def generate(
+    entities: Annotated[
+        Positional[Path], tyro.conf.arg(metavar="ENTITIES.csv", help="columns entity and, if you like, aliases")
+    ],
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="questions.csv, dropped.csv, report.md, …")],
+    model: Annotated[str, tyro.conf.arg(help="the language model's name at the server")],
+    url: Annotated[str, tyro.conf.arg(help="of an OpenAI-compatible server")] = "http://localhost:8000/v1",
+    pages: Annotated[
+        str | None, tyro.conf.arg(help="a folder of texts, a .jsonl or .parquet dump, or a MediaWiki's api.php")
+    ] = None,
+    reference: Annotated[
+        str, tyro.conf.arg(help="stands for the name when it is only shown")
+    ] = "the object in the image",
+    own_article: Annotated[bool, tyro.conf.arg(help="have the model write an article of each entity, too")] = True,
+    passages: Annotated[int, tyro.conf.arg(help="of a page or article, at most")] = 10,
+    distractors: Annotated[bool, tyro.conf.arg(help="have wrong answers written, for [choices]")] = False,
+    api_key_env: Annotated[str | None, tyro.conf.arg(help="environment variable that holds the server's key")] = None,
+    concurrency: Annotated[int, tyro.conf.arg(help="requests at once")] = 4,
+    requests_per_minute: Annotated[float | None, tyro.conf.arg(help="at most")] = None,
+    json_schema: Annotated[bool, tyro.conf.arg(help="the server takes a schema that replies must follow")] = False,
+    stop_texts: Annotated[bool, tyro.conf.arg(help="the server takes stop texts")] = True,
+    seed: int = 0,
+) -> None:
+    """Have a language model write questions about entities; keep those that pass the published filters.
+
+    It reads two-sentence passages that name an entity and proposes pairs of question and answer. Each must be well
+    formed, have one right answer, be answered right without the passage, and be no duplicate. report.md says what each
+    filter dropped, with some to read. Replies are kept: stopped half-way, the same command goes on where it was.
+
+    For example:
+        gapprobe data generate data/landmarks/entities.csv data/landmarks --model llama --pages wiki.parquet
+        gapprobe data generate entities.csv out --model m --pages https://en.wikipedia.org/w/api.php --distractors
+    """
+    from pydantic import ValidationError
+
+    from gapprobe.chat.server import ChatServer, ServerSettings
+    from gapprobe.generation.generating import generate_questions, read_entities, write_generated
+    from gapprobe.generation.pages import open_pages
+
+    try:
+        settings = ServerSettings(
+            url=url,
+            api_key_env=api_key_env,
+            concurrency=concurrency,
+            requests_per_minute=requests_per_minute,
+            json_schema=json_schema,
+            stop=stop_texts,
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, problem['loc'])) or 'server'}: {problem['msg']}") from error
+    listed = read_entities(entities)
+    source = None if pages is None else open_pages(pages, out / "pages")
+    found = generate_questions(
+        listed,
+        ChatServer(settings, model, out / "replies"),
+        source,
+        reference=reference,
+        own_article=own_article,
+        most_passages=passages,
+        with_distractors=distractors,
+        seed=seed,
+    )
+    write_generated(found, out)
+    print(
+        f"{out / 'questions.csv'}: {told_count(len(found.questions), 'question')}; {out / 'report.md'} says what went"
+    )
+
+
 @models.command(name="list")
 def list_models() -> None:
     """List the families of models that gapprobe can trace, and where it finds their parts.
@@ -865,6 +944,14 @@ def _run(configs: Sequence[StudyConfig], out: Path) -> None:
     print(f"\n{results['headline']}\n\nreport   {page}\nnumbers  {out / 'results.json'}\nstore    {out / 'store'}")
 
 
+def _tell_costs(configs: Sequence[StudyConfig], out: Path) -> None:
+    from gapprobe.study.served import ServedStudy
+
+    for config in configs:
+        if config.server:
+            print(f"{config.name}: {ServedStudy(config, out).cost().told}")
+
+
 def _configs(paths: Sequence[Path], data: Sequence[str]) -> list[StudyConfig]:
     from gapprobe.study.config import load_configs
 
@@ -879,9 +966,9 @@ def _config(path: Path, data: Sequence[str]) -> StudyConfig:
 
 
 def _study(config: Path, data: Sequence[str], out: Path) -> Study:
-    from gapprobe.study.run import Study
+    from gapprobe.study.run import open_study
 
-    return Study(_config(config, data), out)
+    return open_study(_config(config, data), out)
 
 
 @store.command(name="import")

@@ -9,7 +9,7 @@ from gapprobe.errors import ConfigError
 from gapprobe.models.loading import load_model
 from gapprobe.study.config import ChoicesConfig, StudyConfig, load_config
 from gapprobe.study.multiple_choice import read_distractors
-from gapprobe.study.run import Study
+from gapprobe.study.study import Study
 
 
 def quick(**choices: object) -> StudyConfig:

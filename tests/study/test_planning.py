@@ -12,7 +12,7 @@ from gapprobe.errors import ConfigError
 from gapprobe.models.loading import load_model
 from gapprobe.study.config import ChoicesConfig, SamplesConfig, StudyConfig, load_config, load_configs
 from gapprobe.study.planning import measured_tflops, plan, status
-from gapprobe.study.run import Study
+from gapprobe.study.study import Study
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from gapprobe.cli import main
 from gapprobe.demo import FOLDER
 from gapprobe.errors import ConfigError
 from gapprobe.study.config import StudyConfig, load_config
-from gapprobe.study.run import Study
+from gapprobe.study.study import Study
 from gapprobe.study.transfer import transfer_between
 
 

@@ -109,14 +109,16 @@ def _pretty(value: object) -> str:
 
 def _panels(families: Mapping[str, Family]) -> dict[str, list[dict[str, Any]]]:
     """Draw every figure for every family, on axes that the families share."""
-    everyone = list(families.values())
-    auc = series.shared_span(everyone, lambda f: series.probe(f) + series.splits(f), 0.4, 1)
-    cosine = series.shared_span(everyone, series.cosine, 0.9, 1)
-    centred = series.shared_span(everyone, series.centred_cosine, 0, 1)
-    risk = series.shared_span(everyone, lambda f: list(series.risk(f).values()), 0, 0.1)
-    draw: dict[str, Callable[[Family], Any]] = {
+    seen = [family for family in families.values() if series.seen(family)]
+    auc = series.shared_span(seen, lambda f: series.probe(f) + series.splits(f), 0.4, 1)
+    cosine = series.shared_span(seen, series.cosine, 0.9, 1)
+    centred = series.shared_span(seen, series.centred_cosine, 0, 1)
+    risk = series.shared_span(seen, lambda f: list(series.risk(f).values()), 0, 0.1)
+    outside: dict[str, Callable[[Family], Any]] = {
         "gap": figures.gap_bars,
         "relation": figures.accuracy_by_relation,
+    }
+    inside: dict[str, Callable[[Family], Any]] = {
         "lens": figures.probability_by_layer,
         "variants": figures.probability_variants,
         "cosine": lambda f: figures.cosine_by_layer(f, cosine),
@@ -126,8 +128,11 @@ def _panels(families: Mapping[str, Family]) -> dict[str, list[dict[str, Any]]]:
         "risk": lambda f: figures.risk_coverage(f, risk[1]),
     }
     return {
-        key: [_panel(f"{key}-{place}", make(family)) for place, family in enumerate(everyone)]
-        for key, make in draw.items()
+        key: [
+            _panel(f"{key}-{place}", make(family) if key in outside or series.seen(family) else None)
+            for place, family in enumerate(families.values())
+        ]
+        for key, make in (outside | inside).items()
     }
 
 

@@ -97,6 +97,11 @@ def headline_split(family: Family) -> str:
     return next(iter(family["probe"]["controls_by_split"]), "image")
 
 
+def seen(family: Family) -> bool:
+    """Return whether the model's activations were seen; those of a model behind a server are not."""
+    return family["probe"] is not None
+
+
 def lens(family: Family) -> list[Series]:
     """Probability of the answer: text only, visual, and the visual one by outcome."""
     styles = {

@@ -21,6 +21,7 @@ from gapprobe.report.series import (
     interval,
     number,
     percent,
+    seen,
 )
 from gapprobe.study.headline import family_name
 
@@ -44,10 +45,13 @@ def markdown(results: Mapping[str, Any]) -> str:
 def _family(family: Family) -> list[str]:
     model, data, counted = family["model"], family["data"], family["counted"]
     lost = ", ".join(f"{n} {reason}" for reason, n in counted["excluded"].items())
+    size = ""
+    if seen(family):
+        size = f", {model['parameters']:,} parameters, {model['layers']} layers, width {model['width']}"
     parts = [
-        f"{_text(model['source'])}: {_text(model['architecture'])}, {model['parameters']:,} parameters, "
-        f"{model['layers']} layers, width {model['width']}. {data['questions']} questions about {data['entities']} "
-        f"entities, {data['images']} images; {counted['n']:,} of {data['trials']:,} trials count ({lost}).",
+        f"{_text(model['source'])}: {_text(model['architecture'])}{size}. {data['questions']} questions about "
+        f"{data['entities']} entities, {data['images']} images; {counted['n']:,} of {data['trials']:,} trials count "
+        f"({lost}).",
         _table(
             ("accuracy", "all trials", "trials that count"),
             [(name, _share(family["raw"][key]), _share(family["settings"].get(key))) for key, name in SETTINGS.items()],
@@ -55,11 +59,9 @@ def _family(family: Family) -> list[str]:
         _gap(family),
         _judges(family),
         _choices(family),
-        _probe(family),
-        _recipe(family),
-        _layers(family),
-        _selective(family),
     ]
+    if seen(family):
+        parts += [_probe(family), _recipe(family), _layers(family), _selective(family)]
     return [part for part in parts if part]
 
 

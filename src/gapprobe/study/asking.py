@@ -17,7 +17,7 @@ import numpy as np
 
 from gapprobe.errors import ConfigError
 from gapprobe.study.config import ChoicesConfig, StudyConfig
-from gapprobe.study.multiple_choice import read_distractors
+from gapprobe.study.multiple_choice import Compared, compare_options, read_distractors
 from gapprobe.study.steps import Steps, claim, key_of, peak_memory
 from gapprobe.tasks.choices import Choices, make_choices
 from gapprobe.tasks.examples import Example
@@ -27,6 +27,8 @@ from gapprobe.tasks.questions import QuestionSet, load_questions
 from gapprobe.tasks.settings import Trial, build_trials
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from gapprobe.models.model import Model
     from gapprobe.store.reader import Store
     from gapprobe.tracing.answers import Decoding
@@ -42,14 +44,16 @@ class AskedWithChoices:
     Attributes:
         trials: in the multiple-choice form.
         choices: options by question id; questions that cannot be asked so have none.
-        store: with the answers, and the last layer at the last input token.
-        row_of: the store's row id of a call.
+        rows: the answers, as `Asking.answered` gives them.
+        row_of: the row id of a call.
+        compared: reads how probable the options were.
     """
 
     trials: Sequence[Trial]
     choices: Mapping[str, Choices]
-    store: Store
+    rows: pd.DataFrame
     row_of: Callable[[Example], str]
+    compared: Callable[[], Compared]
 
 
 class Asking:
@@ -152,6 +156,14 @@ class Asking:
         self._steps.note(f"capture {what}".strip(), round(time.perf_counter() - start, 3), peak_memory())
         return store
 
+    def answered(self) -> pd.DataFrame:
+        """Return what came of the study's own calls, asking what is not asked yet.
+
+        Returns:
+            A table by row id with the columns `answer` and, of calls that could not be run, `error` and `error_kind`.
+        """
+        return self.capture().rows
+
     @property
     def store_folder(self) -> Path:
         """Return where the study's own calls are kept."""
@@ -195,6 +207,21 @@ class Asking:
         Raises:
             ConfigError: no question can be asked so, or the file of distractors cannot be read.
         """
+        choices, trials = self._with_options(settings)
+        calls = {call_of(example): example for trial in trials for example in trial.calls}
+        last = (self.model.n_layers,)
+        store = self._capture("choices", list(calls.values()), self._decoding, last, ("last_input",))
+        ids = self._ids(calls, ("last_input",), self._decoding)
+
+        def row_of(example: Example) -> str:
+            return ids[call_of(example)]
+
+        def compared() -> Compared:
+            return compare_options(trials, choices, row_of, store, self.model)
+
+        return AskedWithChoices(trials, choices, store.rows, row_of, compared)
+
+    def _with_options(self, settings: ChoicesConfig) -> tuple[dict[str, Choices], list[Trial]]:
         choices = make_choices(
             self.questions.questions,
             None if self.distractors is None else read_distractors(self.distractors),
@@ -207,12 +234,7 @@ class Asking:
             raise ConfigError(
                 f"no question has {settings.options - 1} distractors: give some, or ask for fewer options"
             )
-        trials = self._trials(choices)
-        calls = {call_of(example): example for trial in trials for example in trial.calls}
-        last = (self.model.n_layers,)
-        store = self._capture("choices", list(calls.values()), self._decoding, last, ("last_input",))
-        ids = self._ids(calls, ("last_input",), self._decoding)
-        return AskedWithChoices(trials, choices, store, lambda example: ids[call_of(example)])
+        return choices, self._trials(choices)
 
     @property
     def distractors(self) -> Path | None:

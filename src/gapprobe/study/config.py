@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gapprobe.chat.server import ServerSettings
 from gapprobe.errors import ConfigError
 from gapprobe.study.published import published
 
@@ -102,6 +103,8 @@ class StudyConfig(BaseModel):
         samples: see SamplesConfig; none are drawn if not given.
         choices: see ChoicesConfig; no question is asked so if not given.
         probe: see ProbeConfig.
+        server: see `gapprobe.chat.server.ServerSettings`; `model` is a name there then. The model is loaded here if
+            not given.
         folder: where the configuration file is; set by `load_config`.
     """
 
@@ -137,6 +140,7 @@ class StudyConfig(BaseModel):
     samples: SamplesConfig | None = None
     choices: ChoicesConfig | None = None
     probe: ProbeConfig = ProbeConfig()
+    server: ServerSettings | None = None
 
     folder: Annotated[Path, Field(exclude=True)] = Path()
 
@@ -146,6 +150,12 @@ class StudyConfig(BaseModel):
         if name is not None and name not in published():
             raise ValueError(f"the paper has no such figures; it has {', '.join(published())}")
         return name
+
+    @model_validator(mode="after")
+    def _no_samples_of_a_server(self) -> StudyConfig:
+        if self.server is not None and self.samples is not None:
+            raise ValueError("samples serve selective prediction, which reads activations; a server shows none")
+        return self
 
     @model_validator(mode="after")
     def _layer_of_the_control(self) -> StudyConfig:
@@ -171,7 +181,8 @@ class StudyConfig(BaseModel):
         """Return the settings that decide what the model is asked, as JSON; the others only change the analysis."""
         analysis = {"title", "note", "judge", "gallery", "probe", "batch_size", "device", "published"}
         analysis |= {"samples", "choices"}  # they are asked apart, and kept in stores of their own
-        return self.model_dump_json(exclude=analysis)
+        place = "" if self.server is None else f" at {self.server.place}"
+        return self.model_dump_json(exclude=analysis | {"server"}) + place
 
 
 def load_configs(path: Path | str, data: Sequence[str] = ()) -> list[StudyConfig]:
@@ -232,7 +243,7 @@ def _checked(told: dict[str, object], path: Path) -> StudyConfig:
 
 
 def _in_words(error: ValidationError) -> str:
-    parts = {"probe": ProbeConfig, "samples": SamplesConfig, "choices": ChoicesConfig}
+    parts = {"probe": ProbeConfig, "samples": SamplesConfig, "choices": ChoicesConfig, "server": ServerSettings}
     problems: list[str] = []
     for problem in error.errors():
         setting = ".".join(str(part) for part in problem["loc"])

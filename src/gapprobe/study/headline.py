@@ -52,6 +52,8 @@ def _gap(name: str, family: Mapping[str, Any]) -> str:
 
 
 def _probe(family: Mapping[str, Any]) -> str:
+    if family["probe"] is None:
+        return "It answered behind a server, so no probe read it."
     verdict = next((v for v in family["probe"]["verdict"].values() if v is not None), None)
     if verdict is None:
         return str(family["probe"]["why_not"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,25 @@ from gapprobe.tasks.questions import QuestionSet
 from gapprobe.tasks.settings import Trial
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from gapprobe.models.model import Model
     from gapprobe.store.reader import Store
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How probable the options were.
+
+    Attributes:
+        log_probs: of a row's options, in nats.
+        what: was compared, in words; "" if nothing.
+        why_not: where nothing was.
+    """
+
+    log_probs: Mapping[str, Float[np.ndarray, " options"]]
+    what: str
+    why_not: str
 
 
 def read_distractors(path: Path) -> dict[str, list[str]]:
@@ -52,8 +70,8 @@ def measure_choices(
     trials: Sequence[Trial],
     choices: Mapping[str, Choices],
     row_of: Callable[[Example], str],
-    store: Store,
-    model: Model,
+    rows: pd.DataFrame,
+    compared: Compared,
     questions: QuestionSet,
     *,
     judge: str,
@@ -65,9 +83,9 @@ def measure_choices(
     Args:
         trials: built with `choices`.
         choices: by question id.
-        row_of: the store's row id of a call.
-        store: with answers, and the last layer at the last input token.
-        model: that made it, for the log-probabilities of options.
+        row_of: the row id of a call.
+        rows: the answers by row id, with the columns `answer` and `error`.
+        compared: how probable the options were.
         questions: for the names of the entities.
         judge: of the identification, an open question.
         replicates: of the bootstrap.
@@ -78,7 +96,6 @@ def measure_choices(
         the share of calls that chose no option or several. `log_prob_of` says what was compared, `by.log_prob` is null
         and `why_not` says why where it cannot be.
     """
-    rows = store.rows
     open_form = by_judge(judge, questions)
 
     def measured(choose: Callable[[Trial, str, str], int | None]) -> Json:
@@ -103,9 +120,8 @@ def measure_choices(
         return lambda trial, _, answer: read(answer, choices[trial.question.id].options)
 
     found: Json = {name: measured(by_text(read)) for name, read in CHOICE_JUDGES.items()}
-    tokens, what, why_not = _tokens(choices, model)
-    if tokens:
-        log_probs = _log_probs(trials, tokens, row_of, store, model)
+    log_probs = compared.log_probs
+    if compared.what:
         found["log_prob"] = measured(
             lambda _, row, __: chosen_by_log_prob(log_probs[row]) if row in log_probs else None
         )
@@ -113,9 +129,29 @@ def measure_choices(
         "options": len(next(iter(choices.values())).options),
         "questions": len(choices),
         "by": {"log_prob": None} | found,
-        "log_prob_of": what,
-        "why_not": why_not,
+        "log_prob_of": compared.what,
+        "why_not": compared.why_not,
     }
+
+
+def compare_options(
+    trials: Sequence[Trial],
+    choices: Mapping[str, Choices],
+    row_of: Callable[[Example], str],
+    store: Store,
+    model: Model,
+) -> Compared:
+    """Read how probable a model found the options, from its last layer at the last input token.
+
+    Args:
+        trials: built with `choices`.
+        choices: by question id.
+        row_of: the store's row id of a call.
+        store: of these calls.
+        model: that made it.
+    """
+    tokens, what, why_not = _tokens(choices, model)
+    return Compared(_log_probs(trials, tokens, row_of, store, model) if tokens else {}, what, why_not)
 
 
 def _tokens(choices: Mapping[str, Choices], model: Model) -> tuple[dict[str, list[int]], str, str]:

@@ -19,7 +19,7 @@ from gapprobe.tasks.examples import Example
 
 if TYPE_CHECKING:
     from gapprobe.models.model import Model
-    from gapprobe.study.run import Study
+    from gapprobe.study.study import Study
 
 SAMPLE = 32  # prompts that are encoded to know how long they are
 OPTION_TOKENS = 12  # of an option with its letter, at a guess: what is asked with options is not made up for a plan
@@ -191,7 +191,10 @@ def measured_tflops(device: str, dtype: torch.dtype, seconds: float = 0.3) -> fl
 def status(study: Study) -> list[tuple[str, str]]:
     """Return every step of a study with how far it is: rows captured, "done", "to do", or what has changed since."""
     from gapprobe.store.reader import open_store
+    from gapprobe.study.served import ServedStudy
 
+    if isinstance(study, ServedStudy):
+        return study.stand()
     folder = study.store_folder
     wanted = set(study.rows.values())
     if not (folder / "store.json").exists():

@@ -11,7 +11,7 @@ from gapprobe.study.analysis import probe_rows
 from gapprobe.study.results import Json, records
 
 if TYPE_CHECKING:
-    from gapprobe.study.run import Study
+    from gapprobe.study.study import Study
 
 
 def transfer_between(studies: Sequence[Study], progress: bool = False) -> Json:

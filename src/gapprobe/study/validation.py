@@ -14,7 +14,7 @@ from gapprobe.tasks.examples import Example
 from gapprobe.tasks.judging import JUDGES
 
 if TYPE_CHECKING:
-    from gapprobe.study.run import Study
+    from gapprobe.study.study import Study
 
 IMAGES = 10
 SHARE = 0.5

@@ -1,0 +1,1 @@
+"""Models that are asked and answer, and nothing more: behind a server. What happens inside them is not seen."""
