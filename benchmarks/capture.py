@@ -61,7 +61,7 @@ from gapprobe.demo import FOLDER as DEMO
 from gapprobe.models.loading import load_model
 from gapprobe.models.model import Model
 from gapprobe.study.config import load_config
-from gapprobe.study.run import Study
+from gapprobe.study.study import Study
 from gapprobe.tasks.examples import Example
 from gapprobe.tracing.answers import Decoding
 from gapprobe.tracing.batch import Batches

@@ -10,12 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gapprobe.chat.server import ChatServer as ChatServer
+    from gapprobe.chat.server import ServerSettings as ServerSettings
     from gapprobe.errors import ConfigError as ConfigError
     from gapprobe.errors import DataError as DataError
     from gapprobe.errors import GapprobeError as GapprobeError
     from gapprobe.errors import ModelError as ModelError
     from gapprobe.errors import OutputError as OutputError
     from gapprobe.errors import StoreError as StoreError
+    from gapprobe.generation.generating import generate_questions as generate_questions
     from gapprobe.lens.base import known_lenses as known_lenses
     from gapprobe.lens.base import register_lens as register_lens
     from gapprobe.lens.logit import logit_lens as logit_lens
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
     from gapprobe.store.remote.pulling import pull as pull
     from gapprobe.store.remote.pushing import push as push
     from gapprobe.study.config import load_config as load_config
+    from gapprobe.study.run import open_study as open_study
     from gapprobe.study.run import run_studies as run_studies
     from gapprobe.study.study import Study as Study
     from gapprobe.tasks.agreement import agreement as agreement
@@ -151,7 +155,11 @@ _HOMES = {
     "TokenBatches": "gapprobe.store.batches",
     "load_config": "gapprobe.study.config",
     "Study": "gapprobe.study.study",
+    "open_study": "gapprobe.study.run",
     "run_studies": "gapprobe.study.run",
+    "ChatServer": "gapprobe.chat.server",
+    "ServerSettings": "gapprobe.chat.server",
+    "generate_questions": "gapprobe.generation.generating",
     "Example": "gapprobe.tasks.examples",
     "ImageFile": "gapprobe.tasks.images",
     "SoundFile": "gapprobe.tasks.sounds",
