@@ -122,8 +122,8 @@ def test_what_is_sent(server, chat) -> None:
     assert body["response_format"]["json_schema"]["schema"] == schema
     assert body["logprobs"] is True
     # A server that was not said to take these does not get them.
-    replies(chat("other", stop=False), request)
-    assert not {"response_format", "logprobs", "stop"} & set(server.asked[1])
+    replies(chat("other", stop=False, sampling=False), request)
+    assert set(server.asked[1]) == {"model", "messages", "max_tokens"}
     with pytest.raises(ConfigError, match="must be PNG or JPEG"):
         data_url(b"BM bitmap")
 
@@ -156,6 +156,10 @@ def test_replies_are_cut_at_stop_texts_and_log_probs_are_checked(server, chat) -
     server.answer = lambda _: said("one two", finish_reason="length")
     assert replies(chat(), Request("s"))[0].cut
     assert not replies(chat(), Request("s", stop=(" two",)))[0].cut
+    server.answer = lambda _: said("\n Paris\nQuestion:")
+    assert replies(chat(), Request("u", stop=("\n",)))[0].text == "Paris"
+    server.answer = lambda _: said("half \ud83d of a pair")
+    assert replies(chat(), Request("v"))[0].text == "half ? of a pair"
     for i, wrong in enumerate(([{"logprob": 2.0}], [{"logprob": "x"}], [], None, [{"logprob": float("-inf")}])):
         server.answer = lambda _, wrong=wrong: said("x", logprobs={"content": wrong})
         assert replies(chat(log_probs=True), Request(f"w{i}", log_probs=True))[0].log_probs is None

@@ -47,6 +47,18 @@ def test_each_setting_asks_what_the_study_says() -> None:
     assert [c.image and c.image.name for c in trial.text_only] == ["black-6x4", "white-6x4", "noise-6x4", None]
 
 
+def test_identification_may_list_all_entities_and_nothing_else_may_name_one() -> None:
+    listed = replace(QUESTIONS, entities=(CAT, Entity("ice_cream"), CAN)).listing()
+    trial = build_trials(listed, image_set(), TEMPLATE, images_per_question=1)[0]
+    assert trial.identification.text.endswith("Q: What is in the image? It is one of: can, cat, ice cream. A:")
+    assert leaks(trial.visual.text, CAN) == []
+    # Named by hand it is a mistake, and with a list a question that names its entity still is.
+    with pytest.raises(ConfigError, match="picture of can names it"):
+        build_trials(replace(QUESTIONS, identify="A can?"), image_set(), TEMPLATE, images_per_question=1)
+    with pytest.raises(ConfigError, match="picture of can names it"):
+        build_trials(replace(listed, reference="the can"), image_set(), TEMPLATE, images_per_question=1)
+
+
 def test_what_stretches_of_a_prompt_are_goes_with_it() -> None:
     trial = build_trials(QUESTIONS, image_set(), TEMPLATE, images_per_question=1)[0]
 

@@ -33,6 +33,8 @@ class KeptReplies:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(self._path, timeout=_WAIT, check_same_thread=False, isolation_level=None)
+            # Whoever gave the file may have put functions into its schema.
+            self._base.execute("pragma trusted_schema = off")
             self._base.execute("create table if not exists replies (key text primary key, reply text not null)")
         except (OSError, sqlite3.Error) as error:
             raise self._refused(error) from error

@@ -44,6 +44,7 @@ class ServerSettings(BaseModel):
         retries: of a request that failed for a reason that may pass.
         length_field: how the server calls the length limit of a reply.
         stop: whether the server takes stop texts; replies are cut at them all the same.
+        sampling: whether the model takes temperature and seed; those that reason by themselves often do not.
         json_schema: whether the server takes a schema that replies must follow.
         log_probs: whether the server gives log-probabilities.
         image_tokens: that a picture costs, for estimates; 765 is what GPT-4o reads of one of 512 to 1,024 pixels.
@@ -62,6 +63,7 @@ class ServerSettings(BaseModel):
     retries: Annotated[int, Field(ge=0)] = 5
     length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     stop: bool = True
+    sampling: bool = True
     json_schema: bool = False
     log_probs: bool = False
     image_tokens: Annotated[int, Field(ge=0)] = 765
@@ -218,10 +220,10 @@ class ChatServer:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [*system, {"role": "user", "content": content}],
-            "temperature": request.temperature,
-            "seed": request.seed,
             self.settings.length_field: request.max_tokens,
         }
+        if self.settings.sampling:
+            body |= {"temperature": request.temperature, "seed": request.seed}
         if request.stop and self.settings.stop:
             body["stop"] = list(request.stop)
         if request.schema is not None and self.settings.json_schema:
@@ -275,6 +277,8 @@ def _read(found: Any, request: Request) -> Reply:
         return Reply(error=f"refused: {refusal or 'the content filter stopped the reply'}", error_kind="refused")
     if not isinstance(text, str):
         return Reply(error="the reply holds no text", error_kind="reply")
+    # Half of a surrogate pair is no text, and could not be written to any file.
+    text = text.encode("utf-8", "replace").decode("utf-8").lstrip()
     cut = min((text.index(stop) for stop in request.stop if stop in text), default=len(text))
     usage = getattr(found, "usage", None)
     return Reply(

@@ -171,7 +171,8 @@ def lens(store: Store, outcomes: pd.DataFrame, model: Model, config: StudyConfig
 
     def probability(setting: str, normed: bool, target: str) -> Float[np.ndarray, "l n"]:
         ids = trials[f"{setting}_row"].tolist()
-        tokens = np.array([gold[g] for g in trials["gold"]] if target == "gold" else [generated[i] for i in ids])
+        first = [gold[g] for g in trials["gold"]] if target == "gold" else [generated[i] for i in ids]
+        tokens = np.array(first, dtype=np.int64)
         answered = tokens >= 0
         read = logit_lens(
             store,

@@ -72,7 +72,8 @@ class Asking:
         self.config = config
         self.out = out
         self.progress = progress
-        self.questions: QuestionSet = load_questions(config.path(config.questions), config.reference, config.identify)
+        questions = load_questions(config.path(config.questions), config.reference, config.identify)
+        self.questions: QuestionSet = questions.listing() if config.list_classes else questions
         self.template: PromptTemplate = load_template(config.path(config.prompts))
         asked_about = list(dict.fromkeys(q.entity for q in self.questions.questions))
         self.images: ImageSet = load_images(config.path(config.images), asked_about)

@@ -75,6 +75,20 @@ class ChoicesConfig(BaseModel):
     distractors: str | None = None
 
 
+class JudgeConfig(BaseModel):
+    """A language model that judges answers beside the two judges that are rules.
+
+    Attributes:
+        model: its name at the server.
+        server: where it is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Annotated[str, Field(min_length=1)]
+    server: ServerSettings
+
+
 class StudyConfig(BaseModel):
     """One model, one data set, one protocol. Paths are read from the folder of the configuration file.
 
@@ -89,6 +103,7 @@ class StudyConfig(BaseModel):
         revision: of a Hugging Face id: a branch, tag or commit.
         reference: what stands in place of the name when the entity is only shown; else the question file says.
         identify: the identification question; else the question file says.
+        list_classes: let the identification question list all entities to choose from.
         images_per_question: images drawn for each question.
         trivial_images: images that show nothing, of which the majority answer counts.
         judge: how an answer is compared with the gold one.
@@ -103,6 +118,7 @@ class StudyConfig(BaseModel):
         samples: see SamplesConfig; none are drawn if not given.
         choices: see ChoicesConfig; no question is asked so if not given.
         probe: see ProbeConfig.
+        llm_judge: see JudgeConfig; no language model judges if not given.
         server: see `gapprobe.chat.server.ServerSettings`; `model` is a name there then. The model is loaded here if
             not given.
         folder: where the configuration file is; set by `load_config`.
@@ -121,6 +137,7 @@ class StudyConfig(BaseModel):
     revision: str | None = None
     reference: str | None = None
     identify: str | None = None
+    list_classes: bool = False
     images_per_question: AtLeastOne = 10
     trivial_images: Annotated[tuple[Literal["black", "white", "noise", "none"], ...], Field(min_length=1)] = (
         "black",
@@ -140,6 +157,7 @@ class StudyConfig(BaseModel):
     samples: SamplesConfig | None = None
     choices: ChoicesConfig | None = None
     probe: ProbeConfig = ProbeConfig()
+    llm_judge: JudgeConfig | None = None
     server: ServerSettings | None = None
 
     folder: Annotated[Path, Field(exclude=True)] = Path()
@@ -180,7 +198,9 @@ class StudyConfig(BaseModel):
     def asked(self) -> str:
         """Return the settings that decide what the model is asked, as JSON; the others only change the analysis."""
         analysis = {"title", "note", "judge", "gallery", "probe", "batch_size", "device", "published"}
-        analysis |= {"samples", "choices"}  # they are asked apart, and kept in stores of their own
+        analysis |= {"samples", "choices", "llm_judge"}  # they are asked apart, and kept in stores of their own
+        if not self.list_classes:
+            analysis.add("list_classes")
         place = "" if self.server is None else f" at {self.server.place}"
         return self.model_dump_json(exclude=analysis | {"server"}) + place
 
@@ -243,7 +263,8 @@ def _checked(told: dict[str, object], path: Path) -> StudyConfig:
 
 
 def _in_words(error: ValidationError) -> str:
-    parts = {"probe": ProbeConfig, "samples": SamplesConfig, "choices": ChoicesConfig, "server": ServerSettings}
+    parts: dict[str, type[BaseModel]] = {"probe": ProbeConfig, "samples": SamplesConfig, "choices": ChoicesConfig}
+    parts |= {"llm_judge": JudgeConfig, "server": ServerSettings}
     problems: list[str] = []
     for problem in error.errors():
         setting = ".".join(str(part) for part in problem["loc"])

@@ -20,7 +20,7 @@ from gapprobe.study.config import ChoicesConfig
 from gapprobe.study.multiple_choice import Compared
 from gapprobe.study.results import Json
 from gapprobe.study.steps import key_of as hash_of
-from gapprobe.study.study import INSIDE, Study
+from gapprobe.study.study import INSIDE, REPLIES, Study
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageSource
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from gapprobe.models.model import Model
     from gapprobe.store.reader import Store
 
-REPLIES = "replies"  # folder in the output folder
-AT_ONCE = 512  # pictures held in memory
+AT_ONCE = 512  # requests held in memory, with their pictures
+PICTURES = 64  # encoded ones kept at hand
 CHARACTERS = 4  # of a token of English, at a guess
 _SENT_AS_IT_IS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
@@ -122,12 +122,26 @@ class ServedStudy(Study):
     def _request(self, example: Example) -> Request:
         return Request(
             example.text,
-            None if example.image is None else encoded(example.image),
+            None if example.image is None else self._encoded(example.image),
             max_tokens=self.config.max_new_tokens,
             seed=self.config.seed,
             stop=(self.template.stop,),
             log_probs=self.settings.log_probs,
         )
+
+    def _encoded(self, image: ImageSource) -> bytes:
+        """Return a picture as it is sent; calls that follow each other show the same ones."""
+        if image.name not in self._pictures:
+            while len(self._pictures) >= PICTURES:
+                self._pictures.pop(next(iter(self._pictures)))
+            self._pictures[image.name] = encoded(image)
+        else:
+            self._pictures[image.name] = self._pictures.pop(image.name)  # the last used goes last
+        return self._pictures[image.name]
+
+    @cached_property
+    def _pictures(self) -> dict[str, bytes]:
+        return {}
 
     @cached_property
     def rows(self) -> dict[Call, str]:

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
     from gapprobe.models.model import Model
     from gapprobe.store.reader import Store
+    from gapprobe.study.config import JudgeConfig
 
 
+REPLIES = "replies"  # folder in the output folder, of models behind a server
 INSIDE = ("probe", "recipe", "lens", "cosine", "selective")  # steps that read activations
 
 
@@ -61,13 +63,29 @@ class Study(Asking):
         """Measure the gap by every judge, and how far they agree."""
 
         def compare() -> Json:
-            return compare_judges(
-                {judge: self._judged(judge) for judge in JUDGES},
-                replicates=self.config.probe.replicates,
-                seed=self.config.seed,
-            )
+            judged = {judge: self._judged(judge) for judge in JUDGES}
+            unjudged = None
+            if self.config.llm_judge is not None:
+                judged["model"], unjudged = self._by_model(self.config.llm_judge)
+            found = compare_judges(judged, replicates=self.config.probe.replicates, seed=self.config.seed)
+            return found | {"unjudged": unjudged}
 
         return self._once("judges", compare)
+
+    def _by_model(self, judge: JudgeConfig) -> tuple[pd.DataFrame, int]:
+        from gapprobe.chat.server import ChatServer
+        from gapprobe.study.llm_judge import judge_by_model
+
+        chat = ChatServer(judge.server, judge.model, self.out / REPLIES)
+        return judge_by_model(
+            self.trials,
+            self.row_of,
+            self.answered(),
+            self.questions,
+            chat,
+            seed=self.config.seed,
+            progress=self.progress,
+        )
 
     def choices(self) -> Json | None:
         """Ask every question with options, and measure the gap so; None where `config.choices` is not given."""

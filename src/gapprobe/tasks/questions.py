@@ -11,7 +11,7 @@ import re
 import tomllib
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -96,13 +96,25 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """All questions of a study, the entities, and how an entity is referred to when it is only shown."""
+    """All questions of a study, the entities, and how an entity is referred to when it is only shown.
+
+    `listed` says that the identification question names all entities to choose from, and so gives none away.
+    """
 
     entities: tuple[Entity, ...]
     questions: tuple[Question, ...]
     reference: str
     identify: str
     dropped: tuple[tuple[Question, str], ...] = ()
+    listed: bool = False
+
+    def listing(self) -> QuestionSet:
+        """Return the same with an identification question that lists all entities, in the order of their names.
+
+        Source: arXiv 2508.18297, which asks so about Food101.
+        """
+        names = ", ".join(sorted(entity.name.replace("_", " ") for entity in self.entities))
+        return replace(self, identify=f"{self.identify} It is one of: {names}.", listed=True)
 
     def entity(self, name: str) -> Entity:
         """Return the entity called `name`."""

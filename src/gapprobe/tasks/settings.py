@@ -83,7 +83,8 @@ def build_trials(
     for question in asked_about:
         entity = questions.entity(question.entity)
         options = choices[question.id] if choices is not None else None
-        for asked in (_asked(question.referring(questions.reference), options), questions.identify):
+        identify = () if questions.listed else (questions.identify,)
+        for asked in (_asked(question.referring(questions.reference), options), *identify):
             if names := leaks(template.render(asked), entity):
                 raise ConfigError(
                     f"the prompt that asks {asked!r} about a picture of {entity.name} names it ({', '.join(names)}): "
