@@ -941,7 +941,10 @@ def _run(configs: Sequence[StudyConfig], out: Path) -> None:
 
     results = run_studies(configs, out)
     page = write_report(results, out / "report.html")
-    print(f"\n{results['headline']}\n\nreport   {page}\nnumbers  {out / 'results.json'}\nstore    {out / 'store'}")
+    print(f"\n{results['headline']}\n\nreport   {page}\nnumbers  {out / 'results.json'}")
+    for kept in ("store", "replies"):
+        if (out / kept).is_dir():
+            print(f"{kept:8} {out / kept}")
 
 
 def _tell_costs(configs: Sequence[StudyConfig], out: Path) -> None:

@@ -135,8 +135,10 @@ def test_the_key_goes_to_the_server_that_it_is_named_for_and_no_other(server, ch
     replies(chat(api_key_env="OTHER_API_KEY"), Request("b"))
     assert [h["authorization"] for h in server.headers] == ["Bearer none", "Bearer sk-other"]
     assert not any("sk-secret" in json.dumps(h) for h in server.headers)
+    third = chat(api_key_env="THIRD_API_KEY")
     with pytest.raises(ConfigError, match="variable THIRD_API_KEY is not set"):
-        chat(api_key_env="THIRD_API_KEY")
+        replies(third, Request("c"))
+    assert replies(third, Request("a"))[0].text == "A"  # what is kept needs no key
     for wrong, message in (
         ({"api_key_env": "AWS_SECRET_ACCESS_KEY"}, "pattern"),
         ({"api_key_env": "MY_API_KEY", "url": "http://example.org/v1"}, "would travel unencrypted to example.org"),

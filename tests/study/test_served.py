@@ -13,6 +13,7 @@ from gapprobe.study.config import StudyConfig, load_config
 from gapprobe.study.run import open_study, run_studies
 from gapprobe.study.served import ServedStudy
 from gapprobe.study.study import Study
+from gapprobe.study.validation import validate_classes
 from tests.serving import served
 
 MODEL = FOLDER / "models" / "llava"
@@ -79,10 +80,11 @@ def test_a_served_model_gives_the_outcomes_of_the_same_model_traced(small, url, 
     assert there.judges() == here.judges()
     after = open_study(behind(small, url), tmp_path / "there", progress=False)
     assert after.cost().requests == 0
-    # Nobody is asked again: this address answers nothing.
-    kept = after.config.server
-    assert kept is not None
+    assert isinstance(after, ServedStudy)
     assert dict(after.stand())["gap"] == "done"
+    table = validate_classes(after, images=2)
+    assert table["n"].tolist() == [2] * len(table)
+    assert table["kept"].any()
 
 
 @pytest.mark.xdist_group("served")
@@ -127,6 +129,9 @@ def test_a_picture_that_cannot_be_read_costs_its_own_rows(small, url, tmp_path) 
     assert set(failed["error_kind"]) == {"image"}
     assert 0 < len(failed) < len(table)
     assert (study.outcomes["excluded"] == "could not be run").any()
+    bad_one = next(call for call in study.calls if call.image is not None and call.image.name == first.name)
+    fine = next(call for call in study.calls if call.image is not None and call.image.name != first.name)
+    assert [answer is None for answer in study.answers("beside", [bad_one, fine])] == [True, False]
 
 
 def test_what_a_server_cannot_do_is_refused(small) -> None:

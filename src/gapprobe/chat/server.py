@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -103,13 +104,11 @@ class ChatServer:
         folder: keeps the replies.
 
     Raises:
-        ConfigError: the key's variable is not set, or `openai` is not installed.
         OutputError: the folder cannot be used.
     """
 
     def __init__(self, settings: ServerSettings, model: str, folder: Path) -> None:
         self.settings, self.model = settings, model
-        self._client = _client(settings)
         self._kept = KeptReplies(folder)
         self._next, self._lock = 0.0, threading.Lock()
         self._answered, self._lost = False, 0
@@ -124,6 +123,7 @@ class ChatServer:
             progress: show a bar.
 
         Raises:
+            ConfigError: something must be sent, and the key's variable is not set or `openai` is not installed.
             ModelError: the server refuses everything (a wrong key, no such model, no credit), or many requests in a row
                 have failed. What was replied is kept.
         """
@@ -147,7 +147,14 @@ class ChatServer:
                     yield i, reply
                 bar.update(len(where[key]))
 
+    @cached_property
+    def _client(self) -> openai.OpenAI:
+        return _client(self.settings)
+
     def _sent(self, wanted: Sequence[tuple[str, Request]]) -> Iterator[tuple[str, Reply]]:
+        if not wanted:
+            return
+        _ = self._client  # a missing key is found here, before anything is sent and in no thread
         left = iter(wanted)
         running: dict[Future[Reply], str] = {}
         pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="gapprobe-chat")

@@ -158,8 +158,8 @@ class ServedStudy(Study):
     def answers(self, what: str, calls: Sequence[Example]) -> list[str | None]:  # noqa: ARG002 (kept by content)
         """Return answers to calls beside the study's; None for one that failed."""
         rows = self._asked({call_of(call): call for call in calls})
-        found = rows["answer"].where(rows["error"].isna(), None)
-        return [found[_row(call_of(call))] for call in calls]
+        told = rows["answer"][rows["error"].isna()].to_dict()
+        return [told.get(_row(call_of(call))) for call in calls]
 
     def cost(self) -> Cost:
         """Return what the study's calls will cost, those with options too. Sends nothing and writes nothing."""
