@@ -693,7 +693,7 @@ def generate(
         Positional[Path], tyro.conf.arg(metavar="ENTITIES.csv", help="columns entity and, if you like, aliases")
     ],
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR", help="questions.csv, dropped.csv, report.md, …")],
-    model: Annotated[str, tyro.conf.arg(help="the language model's name at the server")],
+    model: Annotated[str, tyro.conf.arg(help="the language model's name at the server; of --local, folder or hub id")],
     url: Annotated[str, tyro.conf.arg(help="of an OpenAI-compatible server")] = "http://localhost:8000/v1",
     pages: Annotated[
         str | None, tyro.conf.arg(help="a folder of texts, a .jsonl or .parquet dump, or a MediaWiki's api.php")
@@ -709,6 +709,9 @@ def generate(
     requests_per_minute: Annotated[float | None, tyro.conf.arg(help="at most")] = None,
     json_schema: Annotated[bool, tyro.conf.arg(help="the server takes a schema that replies must follow")] = False,
     stop_texts: Annotated[bool, tyro.conf.arg(help="the server takes stop texts")] = True,
+    local: Annotated[bool, tyro.conf.arg(help="load the model here; no server is asked")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     seed: int = 0,
 ) -> None:
     """Have a language model write questions about entities; keep those that pass the published filters.
@@ -741,9 +744,16 @@ def generate(
         raise ConfigError(f"{'.'.join(map(str, problem['loc'])) or 'server'}: {problem['msg']}") from error
     listed = read_entities(entities)
     source = None if pages is None else open_pages(pages, out / "pages")
+    if local:
+        from gapprobe.generation.local import LocalChat
+        from gapprobe.models.loading import load_model
+
+        chat = LocalChat(load_model(_source(model), dtype=dtype, device=device), out / "replies")
+    else:
+        chat = ChatServer(settings, model, out / "replies")
     found = generate_questions(
         listed,
-        ChatServer(settings, model, out / "replies"),
+        chat,
         source,
         reference=reference,
         own_article=own_article,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from gapprobe.chat.kept import FILE
 from gapprobe.chat.server import ChatServer, ServerSettings
 from gapprobe.cli import main
 from gapprobe.errors import ConfigError, ModelError
+from gapprobe.generation.asking import ask_closed_book
 from gapprobe.generation.filters import FILTERS, Judge, Pair
 from gapprobe.generation.generating import (
     Generated,
@@ -29,7 +31,9 @@ from gapprobe.generation.generating import (
     report,
     write_generated,
 )
+from gapprobe.generation.local import LocalChat
 from gapprobe.generation.pages import open_pages
+from gapprobe.models.loading import load_model
 from gapprobe.tasks.questions import Entity, Question, load_questions
 from tests.serving import language_model, served
 
@@ -122,6 +126,38 @@ def test_the_filters_ask_the_real_model(url, tmp_path) -> None:
     # An article of its own names its subject, and is read like a page.
     made = generate_questions([france], chat, most_passages=1, progress=False)
     assert made.counts["passages"] == 1
+
+
+@pytest.mark.xdist_group("language model")
+def test_a_model_that_is_loaded_here_answers_as_it_does_behind_a_server(url, tmp_path) -> None:
+    asked = [ask_closed_book(f"What is the capital of {name}?", 0) for name in ("France", "Japan", "Italy")]
+    asked += [Request("Name three animals.", max_tokens=4, system="Be brief."), Request(" ")]
+    here = LocalChat(load_model(language_model(), dtype="float32"), tmp_path / "here")
+    there = ChatServer(ServerSettings(url=url, stop=False), str(language_model()), tmp_path / "there")
+    found = dict(here.ask(asked))
+    assert [found[i].text for i in range(3)] == [reply.text for _, reply in sorted(there.ask(asked[:3]))]
+    assert "Paris" in found[0].text
+    assert found[3].cut
+    assert found[3].completion_tokens == 4
+    assert found[4].error_kind == "prompt"
+    drawn = [replace(asked[3], temperature=1.0, seed=seed) for seed in (0, 1, 0)]
+    again = dict(here.ask(drawn))
+    assert again[0] == again[2] != again[1]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "here").rglob("*.safetensors")}
+    assert dict(here.ask(asked)) == found  # kept: nothing is run again
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "here").rglob("*.safetensors")} == before
+    with pytest.raises(ConfigError, match="asked without pictures"):
+        next(here.ask([Request("q", b"picture")]))
+
+
+@pytest.mark.xdist_group("language model")
+def test_the_command_without_a_server(inputs, tmp_path, capsys) -> None:
+    told = arguments(inputs, tmp_path / "out", "http://127.0.0.1:1/v1")
+    main([*told, "--local", "--dtype", "float32"])
+    assert "questions.csv: " in capsys.readouterr().out
+    lines = list(csv.DictReader((tmp_path / "out" / "questions.csv").open()))
+    assert lines
+    assert {line["entity"] for line in lines} <= {"France", "Japan", "spider"}
 
 
 class Says:
