@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gapprobe.models.check import check_model as check_model
     from gapprobe.models.loading import load_model as load_model
     from gapprobe.probes.adapters import from_sklearn as from_sklearn
+    from gapprobe.probes.alignment import Alignment as Alignment
     from gapprobe.probes.base import LinearFits as LinearFits
     from gapprobe.probes.base import check_problems as check_problems
     from gapprobe.probes.base import find_probe as find_probe
@@ -123,6 +124,7 @@ _HOMES = {
     "check_problems": "gapprobe.probes.base",
     "find_probe": "gapprobe.probes.base",
     "known_probes": "gapprobe.probes.base",
+    "Alignment": "gapprobe.probes.alignment",
     "TransferSet": "gapprobe.probes.transfer",
     "transfer_probes": "gapprobe.probes.transfer",
     "LinearFits": "gapprobe.probes.base",

@@ -316,12 +316,14 @@ def recipe(config: Config, data: Data = (), out: Out = OUT) -> None:
 def transfer_study(
     configs: Configs,
     data: Data = (),
+    aligned: Annotated[bool, tyro.conf.arg(help="align models of one width, too")] = False,
     out: Out = OUT,
 ) -> None:
     """Fit failure probes on all studies but one and judge them on that one, each in turn; print areas as JSON.
 
-    For other data of one model, or models of one width. Layer and strength are chosen on training rows alone; studies
-    that ask the same questions are cut so that no question is on both sides.
+    For other data of one model, or other models. Layer and strength are chosen on training rows alone; studies that
+    ask the same questions are cut so that no question is on both sides. Models of different widths are aligned on the
+    calls that no probe reads, and must have been asked the same.
 
     For example:
         gapprobe study transfer configs/llava-1.6-vicuna-7b.toml --out runs/llava | jq .best
@@ -330,7 +332,8 @@ def transfer_study(
     from gapprobe.study.run import open_study
     from gapprobe.study.transfer import transfer_between
 
-    _print(transfer_between([open_study(config, out) for config in _configs(configs, data)], progress=True))
+    studies = [open_study(config, out) for config in _configs(configs, data)]
+    _print(transfer_between(studies, aligned=aligned, progress=True))
 
 
 @study.command

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from gapprobe import stats
 from gapprobe.errors import ConfigError, DataError
 from gapprobe.kernels import logistic
+from gapprobe.probes.alignment import Alignment, shared_maps
 from gapprobe.probes.labels import binary, target_of
 from gapprobe.probes.splits import nested_folds
 from gapprobe.store.columns import Column, aligned
@@ -53,7 +54,9 @@ class Transfer:
     Attributes:
         table: a row for each pair and layer: `train` (names joined by " + "), `test`, `layer`, `auc` on the test set,
             `ci_low`, `ci_high`, `inner_auc` (of the training rows, held out in turn), `strength`, `n`, `positives`;
-            where a pair has several folds, strength and inner_auc are their means, geometric for strength.
+            where a pair has several folds, strength and inner_auc are their means, geometric for strength. With an
+            alignment, `agreement` too: how far the anchors' shared coordinates are one, from 1 over the number of sets
+            (nothing in common) to 1, on the anchors themselves.
         best: a row for each pair, with layer and strength chosen on training rows alone: `train`, `test`, `layers` (one
             a fold), `auc`, `ci_low`, `ci_high`, `accuracy` at even odds, `majority` (of always saying the commoner
             class), `shared`: groups that both sides have, each left out of training where it is tested.
@@ -99,6 +102,7 @@ def transfer_probes(
     *,
     pairs: Sequence[tuple[Sequence[str], str]] | None = None,
     layers: Sequence[int] | None = None,
+    alignment: Alignment | None = None,
     strengths: Sequence[float] = STRENGTHS,
     folds: int = 5,
     seed: int = 0,
@@ -113,7 +117,10 @@ def transfer_probes(
     Args:
         sets: by name.
         pairs: sets to learn from, and the one to judge on; every set left out in turn by default.
-        layers: those that all stores have by default.
+        layers: those that all stores have by default; with an alignment, those of the first set.
+        alignment: rows that show all models the same input, for models of different widths: probes read coordinates
+            that they share. A layer of the first set is read beside the nearest of each other by relative depth; one
+            at which all anchors of a set are alike (embeddings of one token) is left out.
         strengths: inverse strengths (scikit-learn's C) to choose from.
         folds: inner folds, and outer ones where groups are shared.
         seed: of folds and bootstrap.
@@ -122,29 +129,46 @@ def transfer_probes(
 
     Raises:
         ConfigError: an unknown set, no pairs, or a set that is judged on what it learns from.
-        DataError: stores of other widths, a layer that one lacks, rows without groups, or training rows of one class.
+        DataError: stores of other widths without an alignment, a layer that one lacks, anchors that are learnt from or
+            judged, rows without groups, or training rows of one class.
     """
     pairs = [([a for a in sets if a != b], b) for b in sets] if pairs is None else pairs
     _check_pairs(sets, pairs, strengths)
-    chosen = _common_layers(sets, layers)
+    chosen = _common_layers(sets, layers) if alignment is None else _by_depth(sets, layers)
     rows = {name: _rows(name, part) for name, part in sets.items()}
     origin = np.concatenate([np.full(len(part.ids), i) for i, part in enumerate(rows.values())])
+    if alignment is not None:
+        _check_anchors(alignment, rows)
     target, groups = (np.concatenate([getattr(part, name) for part in rows.values()]) for name in ("target", "groups"))
     number = {name: i for i, name in enumerate(sets)}
     units: list[_Unit] = []
     for i, (learn, judge) in enumerate(pairs):
         sides = np.isin(origin, [number[name] for name in learn]), origin == number[judge]
         units += _units(i, *sides, target, groups, folds, seed)
-    scores = np.zeros((len(chosen), len(strengths), len(units), len(target)))
-    inner = np.zeros((len(chosen), len(strengths), len(units)))
-    for i, layer in enumerate(tqdm(chosen, desc="transfer", unit="layer", disable=not progress)):
-        x = torch.cat([_residuals(part, rows[name], layer) for name, part in sets.items()])
-        inner[i], scores[i] = _fit(x, target, units, strengths)
-    fitted = _Fitted(chosen, strengths, units, inner, scores, target, groups)
-    found = [_judged(fitted, i, pair, rows[pair[1]], replicates, seed) for i, pair in enumerate(pairs)]
-    return Transfer(
-        pd.concat([table for table, _ in found], ignore_index=True), pd.DataFrame([best for _, best in found])
-    )
+    read: dict[int, tuple[Float[np.ndarray, "s u"], Float[np.ndarray, "s u n"]]] = {}
+    agreement: dict[int, float] = {}
+    for at in tqdm(chosen, desc="transfer", unit="layer", disable=not progress):
+        parts = [_residuals(part, rows[name].ids, layer) for layer, (name, part) in zip(at, sets.items(), strict=True)]
+        if alignment is not None:
+            anchors = [
+                _residuals(part, alignment.anchors[name], layer)
+                for layer, (name, part) in zip(at, sets.items(), strict=True)
+            ]
+            if any(bool((x == x[0]).all()) for x in anchors):
+                continue  # embeddings of one and the same token: there is nothing to align by
+            maps, found = shared_maps(anchors, alignment.rank)
+            agreement[at[0]] = float(found.mean())
+            parts = [to_shared(x) for to_shared, x in zip(maps, parts, strict=True)]
+        read[at[0]] = _fit(torch.cat(parts), target, units, strengths)
+    if not read:
+        raise DataError("the anchors of a set are all alike at every layer: no direction tells one from another")
+    inner, scores = (np.stack(part) for part in zip(*read.values(), strict=True))
+    fitted = _Fitted(list(read), strengths, units, inner, scores, target, groups)
+    judged = [_judged(fitted, i, pair, rows[pair[1]], replicates, seed) for i, pair in enumerate(pairs)]
+    table = pd.concat([table for table, _ in judged], ignore_index=True)
+    if alignment is not None:
+        table["agreement"] = table["layer"].map(agreement)
+    return Transfer(table, pd.DataFrame([best for _, best in judged]))
 
 
 def _check_pairs(
@@ -161,17 +185,42 @@ def _check_pairs(
         raise ConfigError(f"strengths must be numbers above 0, not {list(strengths)}")
 
 
-def _common_layers(sets: Mapping[str, TransferSet], layers: Sequence[int] | None) -> list[int]:
+def _common_layers(sets: Mapping[str, TransferSet], layers: Sequence[int] | None) -> list[list[int]]:
+    """Return the layers to read, one a set, by place."""
     widths = {name: part.store.header.width for name, part in sets.items()}
     if len(set(widths.values())) > 1:
         told = ", ".join(f"{name} {width}" for name, width in widths.items())
-        raise DataError(f"a probe reads one width, and the stores are {told} wide")
+        raise DataError(f"a probe reads one width, and the stores are {told} wide; an alignment brings them together")
     held = [part.store.header.layers for part in sets.values()]
     common = [layer for layer in held[0] if all(layer in others for others in held)]
     lacking = [layer for layer in layers or () if layer not in common]
     if lacking or not common:
         raise DataError(f"not all stores have layer {lacking[0]}" if lacking else "the stores have no layer in common")
-    return list(layers or common)
+    return [[layer] * len(sets) for layer in layers or common]
+
+
+def _by_depth(sets: Mapping[str, TransferSet], layers: Sequence[int] | None) -> list[list[int]]:
+    """Return layers of the first set, each with the nearest of the others by its share of the way to the last."""
+    held = [part.store.header.layers for part in sets.values()]
+    if lacking := [layer for layer in layers or () if layer not in held[0]]:
+        raise DataError(f"set {next(iter(sets))} has no layer {lacking[0]}")
+
+    def nearest(depth: float, there: Sequence[int]) -> int:
+        return min(there, key=lambda layer: (abs(layer / max(there[-1], 1) - depth), layer))
+
+    return [
+        [layer, *(nearest(layer / max(held[0][-1], 1), there) for there in held[1:])] for layer in layers or held[0]
+    ]
+
+
+def _check_anchors(alignment: Alignment, rows: Mapping[str, _Rows]) -> None:
+    counts = {name: len(alignment.anchors.get(name, ())) for name in rows}
+    if len(set(counts.values())) > 1 or not all(counts.values()):
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise DataError(f"an alignment needs the same inputs of all sets, in one order, and there are {told}")
+    for name, part in rows.items():
+        if used := sorted(set(alignment.anchors[name]) & set(part.ids)):
+            raise DataError(f"anchor {used[0]} of set {name} is also learnt from or judged; align by other rows")
 
 
 def _rows(name: str, part: TransferSet) -> _Rows:
@@ -189,11 +238,11 @@ def _rows(name: str, part: TransferSet) -> _Rows:
     return _Rows(ids, labels, groups, clusters)
 
 
-def _residuals(part: TransferSet, rows: _Rows, layer: int) -> Float[Tensor, "n d"]:
-    x = part.store.layer(layer, position=part.position, rows=rows.ids).float()
+def _residuals(part: TransferSet, ids: Sequence[str], layer: int) -> Float[Tensor, "n d"]:
+    x = part.store.layer(layer, position=part.position, rows=ids).float()
     fine = torch.isfinite(x).all(1)
     if not bool(fine.all()):
-        bad = rows.ids[int((~fine).nonzero()[0])]
+        bad = ids[int((~fine).nonzero()[0])]
         raise DataError(f"layer {layer} of row {bad} is NaN or infinite at {part.position}; leave it out of the target")
     return x
 

@@ -170,6 +170,7 @@ class ServedStudy(Study):
         folder = self.out / REPLIES
         replies = KeptReplies(folder) if (folder / FILE).exists() else None
         left: list[Example] = []
+        kept = 0
         for example in asked.values():
             try:
                 request = self._request(example)
@@ -177,12 +178,14 @@ class ServedStudy(Study):
                 continue
             if replies is None or replies.get(key_of(self.settings, self.config.model, request)) is None:
                 left.append(example)
+            else:
+                kept += 1
         pictures = sum(example.image is not None for example in left)
         read = sum(len(example.text) for example in left) // CHARACTERS + pictures * self.settings.image_tokens
         written = len(left) * self.config.max_new_tokens
         per_read, per_written = self.settings.price_input, self.settings.price_output
         price = None if per_read is None or per_written is None else (read * per_read + written * per_written) / 1e6
-        return Cost(len(left), len(asked) - len(left), read, written, price)
+        return Cost(len(left), kept, read, written, price)
 
     def _once(self, name: str, compute: Callable[[], Json]) -> Json:
         if name in INSIDE:
