@@ -337,6 +337,28 @@ def transfer_study(
 
 
 @study.command
+def outside(
+    table: Annotated[Positional[Path], tyro.conf.arg(metavar="TABLE", help="prompts with the column gold")],
+    configs: Configs,
+    data: Data = (),
+    out: Out = OUT,
+) -> None:
+    """Foresee wrong answers to questions of another kind from a study's trials: OKVQA, in the paper; print JSON.
+
+    Asks the study's model every line of the table. Perplexity, probe and their mean are fitted on the trials of all
+    studies given, which are of one model, and judged on the table: coverage, risk, and what the mean gains.
+
+    For example:
+        gapprobe data okvqa ~/okvqa examples/landmarks/prompts.toml okvqa.csv
+        gapprobe study outside okvqa.csv my-study.toml --out runs/mine | jq .ensemble_minus_perplexity
+    """
+    from gapprobe.study.outside import measure_outside
+    from gapprobe.study.run import open_study
+
+    _print(measure_outside([open_study(config, out) for config in _configs(configs, data)], table, progress=True))
+
+
+@study.command
 def lens(config: Config, data: Data = (), out: Out = OUT) -> None:
     """Print the answer's probability at every layer, told and shown, as JSON.
 

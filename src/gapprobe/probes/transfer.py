@@ -60,10 +60,13 @@ class Transfer:
         best: a row for each pair, with layer and strength chosen on training rows alone: `train`, `test`, `layers` (one
             a fold), `auc`, `ci_low`, `ci_high`, `accuracy` at even odds, `majority` (of always saying the commoner
             class), `shared`: groups that both sides have, each left out of training where it is tested.
+        scores: a row for each pair and judged row: `train`, `test`, `row` (its id), `log_odds` by the fit that `best`
+            tells of, `right`.
     """
 
     table: pd.DataFrame
     best: pd.DataFrame
+    scores: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -165,10 +168,11 @@ def transfer_probes(
     inner, scores = (np.stack(part) for part in zip(*read.values(), strict=True))
     fitted = _Fitted(list(read), strengths, units, inner, scores, target, groups)
     judged = [_judged(fitted, i, pair, rows[pair[1]], replicates, seed) for i, pair in enumerate(pairs)]
-    table = pd.concat([table for table, _ in judged], ignore_index=True)
+    table = pd.concat([table for table, _, _ in judged], ignore_index=True)
+    scores = pd.concat([scores for _, _, scores in judged], ignore_index=True)
     if alignment is not None:
         table["agreement"] = table["layer"].map(agreement)
-    return Transfer(table, pd.DataFrame([best for _, best in judged]))
+    return Transfer(table, pd.DataFrame([best for _, best, _ in judged]), scores)
 
 
 def _check_pairs(
@@ -298,7 +302,7 @@ def _fit(
 
 def _judged(
     fitted: _Fitted, pair: int, names: tuple[Sequence[str], str], rows: _Rows, replicates: int, seed: int
-) -> tuple[pd.DataFrame, dict[str, object]]:
+) -> tuple[pd.DataFrame, dict[str, object], pd.DataFrame]:
     units, inner, strengths = fitted.units, fitted.inner, fitted.strengths
     mine = [u for u, unit in enumerate(units) if unit.pair == pair]
     judge = np.any([units[u].test for u in mine], axis=0)
@@ -333,7 +337,8 @@ def _judged(
     best = {u: divmod(int(np.nanargmax(inner[:, :, u])), len(strengths)) for u in mine}
     final = stitched(best)
     train = np.any([units[u].train for u in mine], axis=0)
-    return pd.DataFrame(lines), {
+    scores = pd.DataFrame({**named, "row": rows.ids, "log_odds": final, "right": right})
+    best_line: dict[str, object] = {
         **named,
         "layers": [fitted.layers[best[u][0]] for u in mine],
         **area(final),
@@ -341,3 +346,4 @@ def _judged(
         "majority": float(max(right.mean(), 1 - right.mean())),
         "shared": len(np.intersect1d(fitted.groups[train], fitted.groups[judge])),
     }
+    return pd.DataFrame(lines), best_line, scores

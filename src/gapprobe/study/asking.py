@@ -243,6 +243,18 @@ class Asking:
         given = self.config.choices and self.config.choices.distractors
         return self.config.path(given) if given else None
 
+    def outside(self, examples: Sequence[Example]) -> tuple[Store, list[str]]:
+        """Ask calls that belong to no trial, and keep what the study's own calls keep, in a store of their own.
+
+        Returns:
+            The store, and the id of each call's row.
+        """
+        from gapprobe.tracing.plan import row_ids
+        from gapprobe.tracing.positions import parse_positions
+
+        store = self._capture("outside", examples, self._decoding, self.config.layers, POSITIONS)
+        return store, row_ids(examples, parse_positions(POSITIONS), self._decoding)
+
     def answers(self, what: str, calls: Sequence[Example]) -> list[str | None]:
         """Return greedy answers to calls beside the study's, in a store of their own; None for one that failed."""
         store = self._capture(what, calls, self._decoding, (0,), ("last_input",))

@@ -93,9 +93,9 @@ def measure_selective(
         "left_out": int((~answered).sum()),
         "split": scores["split"],
         "operating_point": f"answer when the probability of being right is at least {THRESHOLD}",
-        **{name: _at_threshold(confidence, right, weights) for name, confidence in confidences.items()},
-        "measures": _lines(report.table),
-        "differences": _lines(report.differences),
+        **{name: at_threshold(confidence, right, weights) for name, confidence in confidences.items()},
+        "measures": measure_lines(report.table),
+        "differences": measure_lines(report.differences),
         "guarantees": [
             {"confidence": name, "by": by, **_promised(found)}
             for name, confidence in own.items()
@@ -119,9 +119,10 @@ def independent_rows(first: pd.Series[str], second: pd.Series[str], seed: int) -
     return found
 
 
-def _at_threshold(
+def at_threshold(
     confidence: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
 ) -> Json:
+    """Return coverage, risk, areas and curve of one confidence, with intervals."""
     found = selective(confidence, right, weights)
     parts = {"coverage": found.coverage, "risk": found.risk, "aurc": found.aurc, "e_aurc": found.e_aurc}
     curve = found.curve.thinned(CURVE_POINTS)
@@ -133,7 +134,7 @@ def _at_threshold(
     }
 
 
-def _lines(table: pd.DataFrame) -> list[Json]:
+def measure_lines(table: pd.DataFrame) -> list[Json]:
     """Return a table's rows, the two ends of an interval as one, and NaN as None."""
     told = records(table.drop(columns=["ci_low", "ci_high"]))
     ends = zip(table["ci_low"], table["ci_high"], strict=True)
