@@ -3,6 +3,7 @@ import pytest
 from gapprobe.demo import FOLDER
 from gapprobe.errors import ConfigError
 from gapprobe.study.config import StudyConfig, load_config, load_configs
+from gapprobe.study.study import Study
 
 MINIMAL = 'name = "n"\nmodel = "m"\nimages = "i"\nquestions = "q.csv"\nprompts = "p.toml"\n'
 
@@ -59,6 +60,15 @@ def test_only_what_the_model_is_asked_tells_output_folders_apart() -> None:
     assert config.model_copy(update={"judge": "published", "title": "x"}).asked == config.asked
     for change in ({"seed": 1}, {"max_new_tokens": 3}, {"trivial_images": ("black",)}, {"model": "m"}):
         assert config.model_copy(update=change).asked != config.asked
+
+
+def test_listing_the_classes_changes_what_is_asked_and_leaving_it_out_does_not(tmp_path) -> None:
+    config = load_config(FOLDER / "llava.toml")
+    listed = config.model_copy(update={"list_classes": True})
+    assert "list_classes" not in config.asked  # folders of studies from before there was such a setting stay theirs
+    assert listed.asked != config.asked
+    asked = Study(listed, tmp_path, progress=False).trials[0].identification.text
+    assert "It is one of: eight, five, four, nine, one, seven, six, three, two, zero." in asked
 
 
 @pytest.mark.parametrize("name", ["llava", "instructblip"])
