@@ -8,16 +8,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from gapprobe.chat.base import Reply, Request
-from gapprobe.generation.asking import (
-    Another,
-    Distractors,
-    Failed,
-    Proposed,
-    Same,
-    ask_whether_unique,
-    read,
-    structured,
-)
+from gapprobe.chat.forms import Failed, YesOrNo, read, schema_of, structured
+from gapprobe.generation.asking import Distractors, Proposed, ask_whether_unique
 from gapprobe.generation.filters import FILTERS, Judge, Pair
 from gapprobe.tasks.questions import Entity
 
@@ -77,7 +69,7 @@ def test_the_first_filter_looks_at_the_form_of_every_pair() -> None:
 
 
 def test_the_second_filter_asks_whether_the_answer_is_the_only_one() -> None:
-    chat = Table(q1="No.", q2='Sure: {"another_right": true}.', q3="I do not know", q4="error", q5="yes")
+    chat = Table(q1="No.", q2='Sure: {"yes": true}.', q3="I do not know", q4="error", q5="yes")
     found = FILTERS["unique"]([pair(q, "a") for q in ("q1", "q2", "q3", "q4", "q5")], judge(chat))
     assert found[:2] == ["", "not unique"]
     assert found[2] == "was not judged: no JSON object in the reply"
@@ -107,7 +99,7 @@ def test_the_fourth_filter_drops_what_was_asked_before() -> None:
         pair("When was the Eiffel Tower built?", "1889"),
         pair("Where is the Eiffel Tower?", "Paris", "can"),
     ]
-    chat = Table(In_which_city='{"same": true}', Which_capital='{"same": false}')
+    chat = Table(In_which_city='{"yes": true}', Which_capital='{"yes": false}')
     found = FILTERS["duplicate"](pairs, judge(chat))
     assert [bool(why) for why in found] == [False, True, True, True, False, False, False]
     assert found[3] == "asks the same as: Where is the Eiffel Tower?"
@@ -126,7 +118,7 @@ def test_replies_are_read_as_json_or_in_plain_words() -> None:
     fenced = '```json\n{"pairs": [{"question": " a? ", "answer": "b", "more": 1}]}\n```'
     assert isinstance(found := read(fenced, Proposed), Proposed)
     assert [(p.question, p.answer) for p in found.pairs] == [("a?", "b")]
-    assert read('{"x": 1} {"another_right": false}', Another) == Another(another_right=False)
+    assert read('{"x": 1} {"yes": false}', YesOrNo) == YesOrNo(yes=False)
     words = "Question: Where?\n\nAnswer: Paris\n\n**Question 2:** When?\n**Answer:** 1889\nQuestion: Cut?\nAnswer: of"
     for text, pairs in (
         (words, [("Where?", "Paris"), ("When?", "1889"), ("Cut?", "of")]),
@@ -136,18 +128,18 @@ def test_replies_are_read_as_json_or_in_plain_words() -> None:
         assert [(p.question, p.answer) for p in found.pairs] == pairs
     assert isinstance(found := read(words, Proposed, cut=True), Proposed)
     assert [p.question for p in found.pairs] == ["Where?", "When?"]
-    assert isinstance(read("Yes", Same, cut=True), Failed)
-    assert read("Yes, it is.", Another) == Another(another_right=True)
-    assert read("**No**", Same) == Same(same=False)
+    assert isinstance(read("Yes", YesOrNo, cut=True), Failed)
+    assert read("Yes, it is.", YesOrNo) == YesOrNo(yes=True)
+    assert read("**No**", YesOrNo) == YesOrNo(yes=False)
     assert read("1. Lyon\n2) Madrid\n- Berlin", Distractors) == Distractors(distractors=["Lyon", "Madrid", "Berlin"])
     for text, form in (
         ("", Proposed),
         ("nothing of the kind", Proposed),
         ('{"pairs": 3}', Proposed),
-        ('{"another_right": "perhaps"}', Another),
-        ("Notable", Another),
-        ("{" * 5000, Another),
-        ('{"a":' * 5000, Another),
+        ('{"yes": "perhaps"}', YesOrNo),
+        ("Notable", YesOrNo),
+        ("{" * 5000, YesOrNo),
+        ('{"a":' * 5000, YesOrNo),
     ):
         assert isinstance(failed := read(text, form), Failed)
         assert failed.why
@@ -155,20 +147,43 @@ def test_replies_are_read_as_json_or_in_plain_words() -> None:
 
 
 def test_a_malformed_reply_is_asked_for_again_with_another_seed_then_recorded() -> None:
-    chat = Table(first=["hm", "well", '{"another_right": true}'], second=["hm", "hm", "hm", "never"], third="error")
+    chat = Table(first=["hm", "well", '{"yes": true}'], second=["hm", "hm", "hm", "never"], third="error")
     requests = [ask_whether_unique(name, "a", 5) for name in ("first", "second", "third")]
-    found = structured(chat, requests, Another)
-    assert found[0] == Another(another_right=True)
+    found = structured(chat, requests, YesOrNo)
+    assert found[0] == YesOrNo(yes=True)
     assert found[1] == Failed("no JSON object in the reply", "hm")
     assert found[2] == Failed("HTTP 500")
     assert [r.seed for r in chat.asked if "third" in r.text] == [5]  # the client tries such again by itself
     first = [r for r in chat.asked if "first" in r.text]
     assert [r.seed for r in first] == [5, 6, 7]
     assert [r.temperature for r in first] == [0.0, 0.7, 0.7]
-    assert first[0].schema == Another.model_json_schema()
-    assert structured(chat, [], Another) == []
+    assert first[0].schema == schema_of(YesOrNo)
+    assert structured(chat, [], YesOrNo) == []
 
 
 @pytest.mark.parametrize("name", list(FILTERS))
 def test_no_pairs_no_reasons(name) -> None:
     assert FILTERS[name]([], judge(Table())) == []
+
+
+@pytest.mark.parametrize("form", [Proposed, Distractors, YesOrNo])
+def test_a_schema_is_one_that_strict_servers_take(form) -> None:
+    """OpenAI's strict mode wants every field required and no others; grammars of other servers know few keywords."""
+
+    def objects(part: object) -> Iterator[dict]:
+        if isinstance(part, dict):
+            if part.get("type") == "object":
+                yield part
+            for value in part.values():
+                yield from objects(value)
+        elif isinstance(part, list):
+            for value in part:
+                yield from objects(value)
+
+    schema = schema_of(form)
+    found = list(objects(schema))
+    assert found
+    for each in found:
+        assert each["additionalProperties"] is False
+        assert each["required"] == list(each["properties"])
+    assert not {"pattern", "maxLength", "maxItems"} & set(str(schema).replace("'", " ").split())

@@ -22,19 +22,18 @@ from gapprobe.chat.server import ChatServer, ServerSettings
 from gapprobe.cli import main
 from gapprobe.errors import ConfigError, ModelError
 from gapprobe.generation.asking import ask_closed_book
-from gapprobe.generation.filters import FILTERS, Judge, Pair
+from gapprobe.generation.filters import FILTERS, Judge, Pair, relation_of
 from gapprobe.generation.generating import (
     Generated,
     generate_questions,
     read_entities,
-    relation_of,
     report,
     write_generated,
 )
 from gapprobe.generation.local import LocalChat
 from gapprobe.generation.pages import open_pages
 from gapprobe.models.loading import load_model
-from gapprobe.tasks.questions import Entity, Question, load_questions
+from gapprobe.tasks.questions import Entity, load_questions
 from tests.serving import language_model, served
 
 PAGES = {
@@ -208,7 +207,7 @@ def test_every_pair_is_in_the_file_or_among_the_dropped(tmp_path) -> None:
         ("known", "Who climbed the Eiffel Tower <b>?"),
         ("duplicate", "where is the Eiffel Tower??"),
     ]
-    assert found.counts == {"passages": 1, "form": 5, "unique": 4, "known": 4, "duplicate": 3, "kept": 2}
+    assert found.counts == {"passages": 1, "form": 5, "unique": 4, "known": 4, "duplicate": 3}
     assert found.distractors == {"where is the _/Eiffel_Tower": ["Lyon", "Nice"],
                                  "when was the _ built/Eiffel_Tower": ["Lyon", "Nice"]}  # fmt: skip
     assert found.notes == ["Eiffel_Tower: no article: HTTP 500"]
@@ -229,15 +228,12 @@ def test_every_pair_is_in_the_file_or_among_the_dropped(tmp_path) -> None:
 
 
 def test_relations_group_what_is_alike_and_tell_apart_what_is_long() -> None:
-    def relation(text: str) -> str:
-        return relation_of(Question("x", "", text, "a"))
-
-    assert relation("Where is the {entity}?") == relation(
+    assert relation_of("Where is the {entity}?") == relation_of(
         "where is {entity}, the".replace("{entity}, the", "the {entity}")
     )
     long = "Which of the very many and very different countries of the world has the {entity} in its {part}"
-    assert relation(long.replace("{part}", "north")) != relation(long.replace("{part}", "south"))
-    assert len(relation(long)) < 72
+    assert relation_of(long.replace("{part}", "north")) != relation_of(long.replace("{part}", "south"))
+    assert len(relation_of(long)) < 72
 
 
 def test_bad_input_is_refused_before_anything_is_asked(tmp_path, capsys) -> None:

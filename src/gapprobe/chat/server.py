@@ -131,7 +131,7 @@ class ChatServer:
 
         where: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            where.setdefault(key_of(self.settings, self.model, request), []).append(i)
+            where.setdefault(reply_key(self.settings, self.model, request), []).append(i)
         with tqdm(total=len(requests), disable=not progress, desc=f"asking {self.model}", unit="reply") as bar:
             wanted: list[tuple[str, Request]] = []
             for key, places in where.items():
@@ -241,9 +241,14 @@ class ChatServer:
         return body
 
 
-def key_of(settings: ServerSettings, model: str, request: Request) -> str:
+def reply_key(settings: ServerSettings, model: str, request: Request) -> str:
     """Return the key under which the reply to a request is kept."""
     return hashlib.sha256("\0".join((settings.place, model, request.key)).encode()).hexdigest()
+
+
+def picture_kind(image: bytes) -> str | None:
+    """Return what an encoded picture is of the kinds that every server reads, "png" or "jpeg"; None if neither."""
+    return next((name for start, name in _KINDS if image.startswith(start)), None)
 
 
 def data_url(image: bytes) -> str:
@@ -252,7 +257,7 @@ def data_url(image: bytes) -> str:
     Raises:
         ConfigError: it is neither.
     """
-    kind = next((name for start, name in _KINDS if image.startswith(start)), None)
+    kind = picture_kind(image)
     if kind is None:
         raise ConfigError("a picture that is sent must be PNG or JPEG")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"

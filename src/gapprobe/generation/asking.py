@@ -1,158 +1,57 @@
-"""What a language model is asked while questions are made, and replies of an agreed form, checked against it.
+"""What a language model is asked while questions are made, and the forms of its replies.
 
-The wording is ours; the steps are those of arXiv 2508.18297. A server that takes a schema holds the model to JSON.
-Other models, small ones above all, do better at the plain lines that the examples show, which are read into the same
-form and pass the same checks. A reply that is neither is asked for again, then recorded.
+The wording is ours; the steps are those of arXiv 2508.18297.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints
 
-from gapprobe.chat.base import Chat, Request
-
-ATTEMPTS = 3
-AGAIN_AT = 0.7  # temperature of a request that is sent again: the most probable reply was no use
+from gapprobe.chat.base import Request
+from gapprobe.chat.forms import Form
 
 Line = Annotated[str, StringConstraints(strip_whitespace=True, max_length=500, pattern=r"^[^\x00-\x08]*$")]
-
-
-class _Form(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    @classmethod
-    def in_words(cls, text: str) -> object:
-        """Return what a reply in plain words says, in the form's own terms; None if it says nothing clear."""
-        del text
-        return None
-
-
-class ProposedPair(_Form):
-    """A question and its answer."""
-
-    question: Line
-    answer: Line
-
-
-class Proposed(_Form):
-    """What a passage gave."""
-
-    pairs: Annotated[list[ProposedPair], Field(max_length=20)]
-
-    @classmethod
-    def in_words(cls, text: str) -> object:
-        """Read lines of "Question: …?" and "Answer: …", or "… ?" and "The answer is …"."""
-        found = [{"question": q, "answer": a} for q, a in _PAIR.findall(text)]
-        return {"pairs": found[:20]} if found else None
-
-
-class Another(_Form):
-    """Whether another answer is right too."""
-
-    another_right: bool
-
-    @classmethod
-    def in_words(cls, text: str) -> object:
-        """Read yes or no."""
-        said = _yes_or_no(text)
-        return None if said is None else {"another_right": said}
-
-
-class Same(_Form):
-    """Whether two questions ask the same."""
-
-    same: bool
-
-    @classmethod
-    def in_words(cls, text: str) -> object:
-        """Read yes or no."""
-        said = _yes_or_no(text)
-        return None if said is None else {"same": said}
-
-
-class Distractors(_Form):
-    """Wrong answers."""
-
-    distractors: Annotated[list[Line], Field(max_length=20)]
-
-    @classmethod
-    def in_words(cls, text: str) -> object:
-        """Read a list with a number or a dash before each item."""
-        found = _ITEM.findall(text)
-        return {"distractors": found[:20]} if found else None
-
-
-F = TypeVar("F", bound=_Form)
 _PAIR = re.compile(
     r"^\W*(?:\d+\W+)?(?:question[\W\d]*?:[*_\s]*)?(\S.*\?)[*_ \t]*\n+"
     r"\W*(?:the )?answer[\W\d]*?(?::|is\b)[*_ \t]*(\S.*)$",
     re.IGNORECASE | re.MULTILINE,
 )
 _ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s*(\S.*)$", re.MULTILINE)
+MOST = 20  # pairs or wrong answers of one reply
 
 
-@dataclass(frozen=True)
-class Failed:
-    """No reply of the agreed form: why, and what was said last."""
+class ProposedPair(Form):
+    """A question and its answer."""
 
-    why: str
-    said: str = ""
-
-
-def structured(
-    chat: Chat, requests: Sequence[Request], form: type[F], *, attempts: int = ATTEMPTS, progress: bool = False
-) -> list[F | Failed]:
-    """Ask for replies of a form, in the order of `requests`; those of another form again, drawn with other seeds."""
-    found: list[F | Failed] = [Failed("not asked")] * len(requests)
-    left = list(range(len(requests)))
-    for attempt in range(attempts):
-        asked = [_attempt(requests[i], form, attempt) for i in left]
-        for k, reply in chat.ask(asked, progress=progress):
-            # The client has tried again already what may pass.
-            found[left[k]] = Failed(reply.error) if reply.error else read(reply.text, form, reply.cut)
-        left = [i for i in left if isinstance(given := found[i], Failed) and given.said]
-        if not left:
-            break
-    return found
+    question: Line
+    answer: Line
 
 
-def _attempt(request: Request, form: type[F], attempt: int) -> Request:
-    temperature = max(request.temperature, AGAIN_AT) if attempt else request.temperature
-    return replace(request, schema=form.model_json_schema(), seed=request.seed + attempt, temperature=temperature)
+class Proposed(Form):
+    """What a passage gave."""
+
+    pairs: Annotated[list[ProposedPair], Field(max_length=MOST)]
+
+    @classmethod
+    def in_words(cls, text: str) -> object:
+        """Read lines of "Question: …?" and "Answer: …", or "… ?" and "The answer is …"."""
+        found = [{"question": q, "answer": a} for q, a in _PAIR.findall(text)]
+        return {"pairs": found[:MOST]} if found else None
 
 
-def read(text: str, form: type[F], cut: bool = False) -> F | Failed:
-    """Return the first JSON object of a form in a reply, which may have words or a fence around it; else its words.
+class Distractors(Form):
+    """Wrong answers."""
 
-    The last line of a reply that was `cut` off is not taken for what it was to be.
-    """
-    decoder = json.JSONDecoder()
-    why = "no JSON object in the reply"
-    start = text.find("{")
-    while start >= 0:
-        try:
-            value, _ = decoder.raw_decode(text, start)
-            return form.model_validate(value)
-        except (ValidationError, ValueError, RecursionError) as error:
-            why = f"not of the agreed form: {' '.join(str(error).split())[:200]}"
-        start = text.find("{", start + 1)
-    if (told := form.in_words(text.rpartition("\n")[0] if cut else text)) is not None:
-        try:
-            return form.model_validate(told)
-        except ValidationError as error:
-            why = f"not of the agreed form: {' '.join(str(error).split())[:200]}"
-    return Failed(why, text or "(nothing)")
+    distractors: Annotated[list[Line], Field(max_length=MOST)]
 
-
-def _yes_or_no(text: str) -> bool | None:
-    found = re.match(r"\W*(yes|true|no|false)\b", text, re.IGNORECASE)
-    return None if found is None else found[1].lower() in ("yes", "true")
+    @classmethod
+    def in_words(cls, text: str) -> object:
+        """Read a list with a number or a dash before each item."""
+        found = _ITEM.findall(text)
+        return {"distractors": found[:MOST]} if found else None
 
 
 def ask_for_article(entity: str, seed: int) -> Request:

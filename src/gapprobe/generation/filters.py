@@ -5,23 +5,20 @@ Source: arXiv 2508.18297, question generation. Every pair is looked at; none sto
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import combinations
 
 from gapprobe.chat.base import Chat
-from gapprobe.generation.asking import (
-    Another,
-    Failed,
-    Same,
-    ask_closed_book,
-    ask_whether_same,
-    ask_whether_unique,
-    structured,
-)
+from gapprobe.chat.forms import Failed, YesOrNo, structured
+from gapprobe.generation.asking import ask_closed_book, ask_whether_same, ask_whether_unique
 from gapprobe.tasks.judging import judge_sound
 from gapprobe.tasks.normal import find, words
-from gapprobe.tasks.questions import Entity, Question, leaks, reason_to_drop, with_slot
+from gapprobe.tasks.questions import SLOT, Entity, Question, reason_to_leave_out, with_slot
+
+_LONGEST_RELATION = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,8 @@ class Pair:
 
     def as_question(self, entity: Entity) -> Question:
         """Return it with the slot where its entity was named, its relation made of the words around the slot."""
-        return Question(self.entity, "", with_slot(self.question, entity), self.answer.strip().rstrip("."))
+        text = with_slot(self.question, entity)
+        return Question(self.entity, relation_of(text), text, self.answer.strip().rstrip("."))
 
 
 @dataclass(frozen=True)
@@ -63,23 +61,19 @@ Filter = Callable[[Sequence[Pair], Judge], list[str]]
 
 def well_formed(pairs: Sequence[Pair], judge: Judge) -> list[str]:
     """Filter 1: both non-empty, a short answer without the entity, a question that names it and can hide it."""
-
-    def reason(pair: Pair) -> str:
+    found: list[str] = []
+    for pair in pairs:
         entity = judge.entities[pair.entity]
-        question = pair.as_question(entity)
-        if why := reason_to_drop(question, entity):
-            return why
-        return "question names the entity twice" if leaks(question.referring(judge.reference), entity) else ""
-
-    return [reason(pair) for pair in pairs]
+        found.append(reason_to_leave_out(pair.as_question(entity), entity, judge.reference) or "")
+    return found
 
 
 def unique(pairs: Sequence[Pair], judge: Judge) -> list[str]:
     """Filter 2: the language model judges that no other answer is right."""
     asked = [ask_whether_unique(pair.question, pair.answer, judge.seed) for pair in pairs]
     return [
-        f"was not judged: {given.why}" if isinstance(given, Failed) else "not unique" if given.another_right else ""
-        for given in structured(judge.chat, asked, Another, progress=judge.progress)
+        f"was not judged: {given.why}" if isinstance(given, Failed) else "not unique" if given.yes else ""
+        for given in structured(judge.chat, asked, YesOrNo, progress=judge.progress)
     ]
 
 
@@ -102,20 +96,31 @@ def new(pairs: Sequence[Pair], judge: Judge) -> list[str]:
     """
     found = [""] * len(pairs)
     plain = [" ".join(words(pair.question)) for pair in pairs]
+    by_entity: dict[str, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        by_entity.setdefault(pair.entity, []).append(i)
     alike: list[tuple[int, int]] = []
-    for i, j in combinations(range(len(pairs)), 2):
-        if pairs[i].entity != pairs[j].entity or found[i] or found[j]:
+    for i, j in (both for places in by_entity.values() for both in combinations(places, 2)):
+        if found[i] or found[j]:
             continue
         if f" {plain[i]} " in f" {plain[j]} " or f" {plain[j]} " in f" {plain[i]} ":
             found[j] = f"holds or is held by: {pairs[i].question}"
         elif find(pairs[i].answer, pairs[j].answer) or find(pairs[j].answer, pairs[i].answer):
             alike.append((i, j))
     asked = [ask_whether_same(pairs[i].question, pairs[j].question, judge.seed) for i, j in alike]
-    for (i, j), given in zip(alike, structured(judge.chat, asked, Same, progress=judge.progress), strict=True):
+    for (i, j), given in zip(alike, structured(judge.chat, asked, YesOrNo, progress=judge.progress), strict=True):
         # What could not be judged stays: the answer alone makes no duplicate.
-        if not isinstance(given, Failed) and given.same and not found[i]:
+        if not isinstance(given, Failed) and given.yes and not found[i]:
             found[j] = found[j] or f"asks the same as: {pairs[i].question}"
     return found
+
+
+def relation_of(text: str) -> str:
+    """Return what groups questions that are alike but for their entity: the words around its slot."""
+    plain = re.sub(r"\W+", " ", text.replace(SLOT, "_").casefold()).strip()
+    if len(plain) <= _LONGEST_RELATION:
+        return plain
+    return f"{plain[:_LONGEST_RELATION].rstrip()} {sha256(plain.encode()).hexdigest()[:8]}"
 
 
 FILTERS: Mapping[str, Filter] = {"form": well_formed, "unique": unique, "known": known, "duplicate": new}

@@ -6,33 +6,24 @@ Every reply is kept by what was asked, so a stopped run goes on where it was and
 from __future__ import annotations
 
 import csv
-import io
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from gapprobe.chat.base import Chat
-from gapprobe.errors import ConfigError, DataError
+from gapprobe.chat.forms import Failed, structured
+from gapprobe.errors import ConfigError
 from gapprobe.files import write_bytes
-from gapprobe.generation.asking import (
-    Distractors,
-    Failed,
-    Proposed,
-    ask_for_article,
-    ask_for_distractors,
-    ask_for_pairs,
-    structured,
-)
+from gapprobe.generation.asking import Distractors, Proposed, ask_for_article, ask_for_distractors, ask_for_pairs
 from gapprobe.generation.filters import FILTERS, Judge, Pair
-from gapprobe.generation.pages import DumpPages, Pages, passages
-from gapprobe.tasks.questions import SLOT, Entity, Question
+from gapprobe.generation.pages import Pages, passages
+from gapprobe.markdown import escaped
+from gapprobe.tasks.questions import Entity, Question
 
 READ = 5  # dropped pairs of each filter that the report shows
-_LONGEST_RELATION = 60
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Generated:
         questions: that passed all filters, in the order of the entities.
         dropped: all others, by stage in the order of the stages.
         distractors: wrong answers by question id, where they were asked for.
-        counts: pairs that entered each stage.
+        counts: `passages` that were read, and pairs that entered each filter.
         notes: what else a reader must know: entities without a page, say.
         seed: of the samples in the report.
     """
@@ -107,7 +98,25 @@ def generate_questions(
     if pages is None and not own_article:
         raise ConfigError("there is nothing to read: give pages, or have the model write articles")
     found = Generated(tuple(entities), seed=seed)
-    pairs = _proposed(entities, chat, pages, found, own_article, most_passages, seed, progress)
+    read = [] if pages is None else _from_pages(entities, pages, most_passages, found.notes)
+    if own_article:
+        requests = [ask_for_article(entity.name.replace("_", " "), seed) for entity in entities]
+        for i, reply in sorted(chat.ask(requests, progress=progress)):
+            if reply.error:
+                found.notes.append(f"{entities[i].name}: no article: {reply.error}")
+            read += [(entities[i], "model", passage) for passage in passages(reply.text, entities[i], most_passages)]
+    order = {name: place for place, name in enumerate(by_name)}
+    read.sort(key=lambda item: order[item[0].name])
+    found.counts["passages"] = len(read)
+    requests = [ask_for_pairs(entity.name.replace("_", " "), passage, seed) for entity, _, passage in read]
+    pairs: list[Pair] = []
+    for (entity, source, passage), given in zip(
+        read, structured(chat, requests, Proposed, progress=progress), strict=True
+    ):
+        if isinstance(given, Failed):
+            found.dropped.append(Dropped("proposal", given.why, entity.name, said=given.said))
+        else:
+            pairs += [Pair(entity.name, pair.question, pair.answer, source, passage) for pair in given.pairs]
     judge = Judge(chat, by_name, reference, seed, progress)
     for stage, judged in FILTERS.items():
         found.counts[stage] = len(pairs)
@@ -116,9 +125,7 @@ def generate_questions(
             Dropped(stage, why, p.entity, p.question, p.answer) for p, why in zip(pairs, reasons, strict=True) if why
         ]
         pairs = [pair for pair, why in zip(pairs, reasons, strict=True) if not why]
-    found.counts["kept"] = len(pairs)
-    asked = [pair.as_question(by_name[pair.entity]) for pair in pairs]
-    found.questions = [replace(question, relation=relation_of(question)) for question in asked]
+    found.questions = [pair.as_question(by_name[pair.entity]) for pair in pairs]
     if with_distractors:
         requests = [ask_for_distractors(q.naming(q.entity), q.answer, seed) for q in found.questions]
         for question, given in zip(
@@ -133,48 +140,14 @@ def generate_questions(
     return found
 
 
-def _proposed(
-    entities: Sequence[Entity],
-    chat: Chat,
-    pages: Pages | None,
-    found: Generated,
-    own_article: bool,
-    most: int,
-    seed: int,
-    progress: bool,
-) -> list[Pair]:
+def _from_pages(entities: Sequence[Entity], pages: Pages, most: int, notes: list[str]) -> list[tuple[Entity, str, str]]:
     read: list[tuple[Entity, str, str]] = []
-    if isinstance(pages, DumpPages):
-        pages.want(entities)
-    for entity in entities if pages is not None else ():
-        try:
-            some = passages(pages.read(entity), entity, most) if pages is not None else []
-        except DataError as error:
-            found.notes.append(f"{entity.name}: {error}")
-            continue
+    for entity, page, problem in pages.read(entities):
+        some = passages(page, entity, most)
         if not some:
-            found.notes.append(f"{entity.name}: no page, or none that names it")
+            notes.append(f"{entity.name}: {problem or 'no page, or none that names it'}")
         read += [(entity, "page", passage) for passage in some]
-    if own_article:
-        requests = [ask_for_article(entity.name.replace("_", " "), seed) for entity in entities]
-        articles = dict(chat.ask(requests, progress=progress))
-        for i, entity in enumerate(entities):
-            if articles[i].error:
-                found.notes.append(f"{entity.name}: no article: {articles[i].error}")
-            read += [(entity, "model", passage) for passage in passages(articles[i].text, entity, most)]
-    found.counts["passages"] = len(read)
-    order = {entity.name: place for place, entity in enumerate(entities)}
-    read.sort(key=lambda item: order[item[0].name])
-    requests = [ask_for_pairs(entity.name.replace("_", " "), passage, seed) for entity, _, passage in read]
-    pairs: list[Pair] = []
-    for (entity, source, passage), given in zip(
-        read, structured(chat, requests, Proposed, progress=progress), strict=True
-    ):
-        if isinstance(given, Failed):
-            found.dropped.append(Dropped("proposal", given.why, entity.name, said=given.said))
-        else:
-            pairs += [Pair(entity.name, pair.question, pair.answer, source, passage) for pair in given.pairs]
-    return pairs
+    return read
 
 
 def read_entities(path: Path) -> list[Entity]:
@@ -193,26 +166,21 @@ def read_entities(path: Path) -> list[Entity]:
     return [Entity(name, tuple(filter(None, map(str.strip, other.split("|"))))) for name, other in rows if name]
 
 
-def relation_of(question: Question) -> str:
-    """Return what groups questions that are alike but for their entity: the words around it."""
-    plain = re.sub(r"\W+", " ", question.text.replace(SLOT, "_").casefold()).strip()
-    if len(plain) <= _LONGEST_RELATION:
-        return plain
-    return f"{plain[:_LONGEST_RELATION].rstrip()} {sha256(plain.encode()).hexdigest()[:8]}"
-
-
 def write_generated(found: Generated, out: Path) -> None:
     """Write `questions.csv`, `dropped.csv`, `distractors.csv` if there are any, and `report.md` into a folder."""
     aliases = {entity.name: "|".join(entity.aliases) for entity in found.entities}
-    header = ("entity", "aliases", "relation", "question", "answer")
-    lines = [(q.entity, aliases[q.entity], q.relation, q.text, q.answer) for q in found.questions]
-    write_bytes(out / "questions.csv", _csv(header, lines))
-    header = ("stage", "reason", "entity", "question", "answer", "said")
-    gone = [(d.stage, d.reason, d.entity, d.question, d.answer, d.said) for d in found.dropped]
-    write_bytes(out / "dropped.csv", _csv(header, gone))
+    tables = {
+        "questions": pd.DataFrame(
+            [(q.entity, aliases[q.entity], q.relation, q.text, q.answer) for q in found.questions],
+            columns=["entity", "aliases", "relation", "question", "answer"],
+        ),
+        "dropped": pd.DataFrame(map(asdict, found.dropped), columns=[f.name for f in fields(Dropped)]),
+    }
     if found.distractors:
         wrong = [(id_, text) for id_, texts in found.distractors.items() for text in texts]
-        write_bytes(out / "distractors.csv", _csv(("question", "distractor"), wrong))
+        tables["distractors"] = pd.DataFrame(wrong, columns=["question", "distractor"])
+    for name, table in tables.items():
+        write_bytes(out / f"{name}.csv", table.to_csv(index=False).encode())
     write_bytes(out / "report.md", report(found).encode())
 
 
@@ -229,10 +197,10 @@ def report(found: Generated) -> str:
     ]
     stages = ["proposal", *FILTERS, "distractors"]
     by_stage = {stage: [d for d in found.dropped if d.stage == stage] for stage in stages}
-    for stage in stages:
-        entered = {"proposal": "", "distractors": ""}.get(stage, f"{found.counts.get(stage, 0):,}")
-        if stage in FILTERS or by_stage[stage]:
-            lines.append(f"| {stage} | {entered} | {len(by_stage[stage]):,} |")
+    for stage, gone in by_stage.items():
+        if stage in FILTERS or gone:
+            entered = f"{found.counts.get(stage, 0):,}" if stage in FILTERS else ""
+            lines.append(f"| {stage} | {entered} | {len(gone):,} |")
     lines += [f"| kept | {len(found.questions):,} | |", ""]
     rng = np.random.default_rng(found.seed)
     for stage, gone in by_stage.items():
@@ -242,25 +210,12 @@ def report(found: Generated) -> str:
         for i in sorted(rng.permutation(len(gone))[:READ].tolist()):
             told = gone[i]
             what = f"{told.question} — {told.answer}" if told.question else told.said[:300]
-            lines.append(f"- {_quoted(told.entity)}: {_quoted(what)} ({_quoted(told.reason)})")
+            lines.append(f"- {escaped(told.entity)}: {escaped(what)} ({escaped(told.reason)})")
         lines.append("")
     if found.notes:
-        lines += ["## Notes", "", *(f"- {_quoted(note)}" for note in found.notes), ""]
+        lines += ["## Notes", "", *(f"- {escaped(note)}" for note in found.notes), ""]
     lines += ["## Kept", ""]
     for i in sorted(rng.permutation(len(found.questions))[: 2 * READ].tolist()):
         question = found.questions[i]
-        lines.append(f"- {_quoted(question.naming(question.entity))} — {_quoted(question.answer)}")
+        lines.append(f"- {escaped(question.naming(question.entity))} — {escaped(question.answer)}")
     return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    """Return a text of a model as Markdown shows it, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", " ".join(text.split()))
-
-
-def _csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue().encode("utf-8", "backslashreplace")

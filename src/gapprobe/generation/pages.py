@@ -14,6 +14,7 @@ from gapprobe.files import write_json
 from gapprobe.tasks.questions import Entity, mentions
 
 SENTENCES = 2  # of a passage, as published
+AT_ONCE = 1024  # pages of a dump held in memory
 LONGEST = 800  # characters of a passage; a longer one is no prose
 _SUFFIXES = (".txt", ".md")
 # The ends of sentences, but not behind initials and titles.
@@ -26,8 +27,8 @@ _AGENT = "gapprobe (https://pypi.org/project/gapprobe)"
 class Pages(Protocol):
     """Where pages come from."""
 
-    def read(self, entity: Entity) -> str:
-        """Return the page about an entity, "" if there is none."""
+    def read(self, entities: Sequence[Entity]) -> Iterator[tuple[Entity, str, str]]:
+        """Yield every entity with its page, "" if there is none, and what went wrong, "" if nothing did."""
         ...
 
 
@@ -61,37 +62,31 @@ class FolderPages:
     def __init__(self, folder: Path) -> None:
         self._files = {_title(path.stem): path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES}
 
-    def read(self, entity: Entity) -> str:
-        """Return the page about an entity, "" if there is none."""
-        path = next((self._files[_title(n)] for n in entity.names if _title(n) in self._files), None)
-        try:
-            return "" if path is None else path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"page {path} cannot be read: {error}") from error
+    def read(self, entities: Sequence[Entity]) -> Iterator[tuple[Entity, str, str]]:
+        """Yield every entity with its page; see `Pages.read`."""
+        for entity in entities:
+            path = next((self._files[_title(n)] for n in entity.names if _title(n) in self._files), None)
+            try:
+                yield entity, "" if path is None else path.read_text(encoding="utf-8"), ""
+            except (OSError, UnicodeDecodeError) as error:
+                yield entity, "", f"page {path} cannot be read: {error}"
 
 
 class DumpPages:
-    """A dump with a line or row a page; it is read through once for all entities that are asked about."""
+    """A dump with a line or row a page; it is read through once, and pages that nobody wants are not held."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._places: dict[str, str] | None = None
-        self._wanted: set[str] = set()
 
-    def want(self, entities: Sequence[Entity]) -> None:
-        """Say beforehand which pages will be read; no others are held in memory."""
-        self._wanted = {_title(name) for entity in entities for name in entity.names}
-        self._places = None
-
-    def read(self, entity: Entity) -> str:
-        """Return the page about an entity, "" if there is none."""
-        if self._places is None or not {_title(n) for n in entity.names} <= self._wanted:
-            self._wanted |= {_title(name) for name in entity.names}
-            self._places = {}
-            for title, text in self._rows():
-                if _title(title) in self._wanted:
-                    self._places.setdefault(_title(title), text)
-        return next((self._places[_title(n)] for n in entity.names if _title(n) in self._places), "")
+    def read(self, entities: Sequence[Entity]) -> Iterator[tuple[Entity, str, str]]:
+        """Yield every entity with its page; see `Pages.read`."""
+        wanted = {_title(name) for entity in entities for name in entity.names}
+        found: dict[str, str] = {}
+        for title, text in self._rows():
+            if _title(title) in wanted:
+                found.setdefault(_title(title), text)
+        for entity in entities:
+            yield entity, next((found[_title(n)] for n in entity.names if _title(n) in found), ""), ""
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         import pyarrow as pa
@@ -105,7 +100,8 @@ class DumpPages:
                         yield str(row["title"]), str(row["text"])
             else:
                 # No threads: one that still starts when the process ends aborts it (see `store.table`).
-                for batch in pq.ParquetFile(self._path).iter_batches(columns=["title", "text"], use_threads=False):
+                file = pq.ParquetFile(self._path)
+                for batch in file.iter_batches(AT_ONCE, columns=["title", "text"], use_threads=False):
                     for row in batch.to_pylist():
                         yield str(row["title"]), str(row["text"])
         except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError, TypeError, ValueError, OSError) as error:
@@ -118,12 +114,16 @@ class WikiPages:
     def __init__(self, address: str, folder: Path) -> None:
         self._address, self._folder = address, folder
 
-    def read(self, entity: Entity) -> str:
-        """Return the page about an entity, "" if there is none."""
-        for name in entity.names:
-            if text := self._page(name.replace("_", " ")):
-                return text
-        return ""
+    def read(self, entities: Sequence[Entity]) -> Iterator[tuple[Entity, str, str]]:
+        """Yield every entity with its page; see `Pages.read`."""
+        for entity in entities:
+            text = problem = ""
+            try:
+                pages = (self._page(name.replace("_", " ")) for name in entity.names)
+                text = next(filter(None, pages), "")
+            except DataError as error:
+                problem = str(error)
+            yield entity, text, problem
 
     def _page(self, title: str) -> str:
         import httpx

@@ -5,10 +5,10 @@ Texts from a model or a configuration are escaped: what they hold can be no mark
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gapprobe.markdown import escaped
 from gapprobe.report.series import (
     CONTROLS,
     METHODS,
@@ -30,15 +30,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     """Return the results (docs/results.md) as Markdown tables with n and 95 % intervals; the same in, the same out."""
     families: Mapping[str, Family] = results["families"]
     names = {key: family_name(key, family) for key, family in families.items()}
-    parts = [f"# {_text(results['study']['title'])}", _text(results["headline"])]
+    parts = [f"# {escaped(results['study']['title'])}", escaped(results["headline"])]
     if results["study"]["note"]:
-        parts.append(f"*{_text(results['study']['note'])}*")
+        parts.append(f"*{escaped(results['study']['note'])}*")
     parts.append("95 % intervals in brackets, from the crossed bootstrap over questions and images (docs/results.md).")
     for key, family in families.items():
-        parts += [f"## {_text(names[key])}", *_family(family)]
+        parts += [f"## {escaped(names[key])}", *_family(family)]
     parts += ["## Time and memory", _steps(results["steps"], names)]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    parts.append(f"{_text(str(results['machine']['cpu']))}, {results['machine']['cores']} cores; {_text(versions)}.")
+    parts.append(
+        f"{escaped(str(results['machine']['cpu']))}, {results['machine']['cores']} cores; {escaped(versions)}."
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -49,7 +51,7 @@ def _family(family: Family) -> list[str]:
     if seen(family):
         size = f", {model['parameters']:,} parameters, {model['layers']} layers, width {model['width']}"
     parts = [
-        f"{_text(model['source'])}: {_text(model['architecture'])}{size}. {data['questions']} questions about "
+        f"{escaped(model['source'])}: {escaped(model['architecture'])}{size}. {data['questions']} questions about "
         f"{data['entities']} entities, {data['images']} images; {counted['n']:,} of {data['trials']:,} trials count "
         f"({lost}).",
         _table(
@@ -122,7 +124,7 @@ def _probe(family: Family) -> str:
     for split, verdict in probe["verdict"].items():
         name = str(SPLITS.get(split, split))
         if verdict is None:
-            rows.append((name, _text(str((probe.get(split) or {}).get("why_not", "not computed"))), "", "", ""))
+            rows.append((name, escaped(str((probe.get(split) or {}).get("why_not", "not computed"))), "", "", ""))
             continue
         control, difference = verdict["control_auc"] or {}, verdict["difference"] or {}
         named = str(verdict["control"] and CONTROLS.get(verdict["control"], verdict["control"]))
@@ -183,7 +185,7 @@ def _layers(family: Family) -> str:
 def _selective(family: Family) -> str:
     selective = family["selective"]
     if selective.get("why_not"):
-        return _text(selective["why_not"])
+        return escaped(selective["why_not"])
     methods = [key for key in METHODS if key in selective]
     rows: list[tuple[str, ...]] = [
         (
@@ -201,7 +203,7 @@ def _selective(family: Family) -> str:
 def _steps(steps: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     rows = [
         (
-            _text(names.get(step["family"], step["family"])),
+            escaped(names.get(step["family"], step["family"])),
             step["step"],
             f"{step['seconds']:.1f}",
             f"{step['peak_bytes'] / 1e6:,.0f}" if step.get("peak_bytes") else "",
@@ -227,9 +229,3 @@ def _points(cell: Mapping[str, Any]) -> str:
 
 def _cell(value: Number | None, ci: Ends) -> str:
     return f"{number(value)} {interval(ci)}".strip()
-
-
-def _text(value: str) -> str:
-    """Return a text that Markdown shows as it is, on one line."""
-    flat = re.sub(r"\s+", " ", value)
-    return re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", flat)

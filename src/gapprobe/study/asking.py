@@ -192,11 +192,13 @@ class Asking:
 
     def _ids(self, calls: Mapping[Call, Example], positions: Sequence[str], decoding: Decoding) -> dict[Call, str]:
         """Return the ids that capture gives to the rows of `calls`."""
+        return dict(zip(calls, self._row_ids(list(calls.values()), positions, decoding), strict=True))
+
+    def _row_ids(self, calls: Sequence[Example], positions: Sequence[str], decoding: Decoding) -> list[str]:
         from gapprobe.tracing.plan import row_ids
         from gapprobe.tracing.positions import parse_positions
 
-        ids = row_ids(list(calls.values()), parse_positions(positions), decoding)
-        return dict(zip(calls, ids, strict=True))
+        return row_ids(calls, parse_positions(positions), decoding)
 
     def row_of(self, example: Example) -> str:
         """Return the id of the row that holds a call."""
@@ -249,11 +251,8 @@ class Asking:
         Returns:
             The store, and the id of each call's row.
         """
-        from gapprobe.tracing.plan import row_ids
-        from gapprobe.tracing.positions import parse_positions
-
         store = self._capture("outside", examples, self._decoding, self.config.layers, POSITIONS)
-        return store, row_ids(examples, parse_positions(POSITIONS), self._decoding)
+        return store, self._row_ids(examples, POSITIONS, self._decoding)
 
     def answers(self, what: str, calls: Sequence[Example]) -> list[str | None]:
         """Return greedy answers to calls beside the study's, in a store of their own; None for one that failed."""

@@ -269,7 +269,9 @@ def _in_words(error: ValidationError) -> str:
     for problem in error.errors():
         setting = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            part = parts.get(str(problem["loc"][0]), StudyConfig) if len(problem["loc"]) > 1 else StudyConfig
+            # Of llm_judge.server.… too, the table that holds the setting is the one to tell of.
+            tables = [parts[str(name)] for name in problem["loc"][:-1] if name in parts]
+            part = tables[-1] if tables else StudyConfig
             problems.append(f"{setting} is not a setting; the settings are {', '.join(sorted(part.model_fields))}")
         else:
             problems.append(f"{setting}: {problem['msg']} (given: {problem['input']!r:.80})")

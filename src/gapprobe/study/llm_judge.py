@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gapprobe.chat.base import Chat, Request
-from gapprobe.generation.asking import Failed, Same, structured
+from gapprobe.chat.forms import Failed, YesOrNo, structured
 from gapprobe.study.outcomes import judge_trials
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.judging import majority
@@ -66,8 +66,8 @@ def judge_by_model(
 
     judge_trials(trials, row_of, rows, collect)
     spoken = [item for item in wanted if item[2].strip()]
-    given = structured(chat, [ask_whether_right(*item, seed) for item in spoken], Same, progress=progress)
-    right = {item: not isinstance(said, Failed) and said.same for item, said in zip(spoken, given, strict=True)}
+    given = structured(chat, [ask_whether_right(*item, seed) for item in spoken], YesOrNo, progress=progress)
+    right = {item: not isinstance(said, Failed) and said.yes for item, said in zip(spoken, given, strict=True)}
 
     def verdict(trial: Trial, setting: str, answers: Mapping[str, str]) -> tuple[str, bool]:
         item = asked(trial, setting, answers)

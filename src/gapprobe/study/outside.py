@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
+from scipy.special import expit
 
 from gapprobe import stats
 from gapprobe.errors import ConfigError, DataError
@@ -118,7 +119,7 @@ def _confidences(
     before = np.concatenate([values.to_numpy() for _, values in learnt.values()])
     outcomes = np.concatenate([pd.Series(part.target).to_numpy(dtype=bool) for part, _ in learnt.values()])
     own = rows["answer_logprobs"].map(np.mean).to_numpy(dtype=np.float64)
-    probability = 1 / (1 + np.exp(-log_odds))
+    probability = expit(log_odds)
     # Two folds: each is scored by the regression on the other, and of the first nothing is used.
     scores = selective_scores(
         np.concatenate([before, own]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -13,13 +14,13 @@ import pandas as pd
 
 from gapprobe.chat.base import Reply, Request
 from gapprobe.chat.kept import FILE, KeptReplies
-from gapprobe.chat.server import ChatServer, ServerSettings, key_of
+from gapprobe.chat.server import ChatServer, ServerSettings, picture_kind, reply_key
 from gapprobe.errors import ConfigError, DataError
 from gapprobe.study.asking import AskedWithChoices, Call, call_of
 from gapprobe.study.config import ChoicesConfig
 from gapprobe.study.multiple_choice import Compared
 from gapprobe.study.results import Json
-from gapprobe.study.steps import key_of as hash_of
+from gapprobe.study.steps import key_of
 from gapprobe.study.study import INSIDE, REPLIES, Study
 from gapprobe.tasks.examples import Example
 from gapprobe.tasks.images import ImageSource
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 AT_ONCE = 512  # requests held in memory, with their pictures
 PICTURES = 64  # encoded ones kept at hand
 CHARACTERS = 4  # of a token of English, at a guess
-_SENT_AS_IT_IS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class ServedStudy(Study):
     def answered(self) -> pd.DataFrame:
         """Ask what was not asked yet, and return all answers by row id; see `Asking.answered`.
 
-        There is a column `mean_log_prob` too, NaN where the server gives none.
+        Further columns: `mean_log_prob`, NaN where the server gives none, and of each reply `prompt_tokens`,
+        `completion_tokens` and `model`, by the server's account.
         """
         return self._answered
 
@@ -168,18 +169,20 @@ class ServedStudy(Study):
             _, trials = self._with_options(self.config.choices)
             asked |= {call_of(example): example for trial in trials for example in trial.calls}
         folder = self.out / REPLIES
-        replies = KeptReplies(folder) if (folder / FILE).exists() else None
-        left: list[Example] = []
         kept = 0
-        for example in asked.values():
-            try:
-                request = self._request(example)
-            except DataError:  # its picture cannot be read: it will not be sent
-                continue
-            if replies is None or replies.get(key_of(self.settings, self.config.model, request)) is None:
-                left.append(example)
-            else:
-                kept += 1
+        left: list[Example] = []
+        # Nothing is made where nothing was kept.
+        with closing(KeptReplies(folder)) if (folder / FILE).exists() else nullcontext() as replies:
+            for example in asked.values():
+                try:
+                    request = self._request(example)
+                except DataError:  # its picture cannot be read: it will not be sent
+                    continue
+                key = reply_key(self.settings, self.config.model, request)
+                if replies is not None and replies.get(key) is not None:
+                    kept += 1
+                else:
+                    left.append(example)
         pictures = sum(example.image is not None for example in left)
         read = sum(len(example.text) for example in left) // CHARACTERS + pictures * self.settings.image_tokens
         written = len(left) * self.config.max_new_tokens
@@ -208,7 +211,9 @@ class ServedStudy(Study):
         return found + [(name, self._steps.state(name, self._key(name, answers))) for name in self.step_names]
 
     def _described(self) -> Json:
-        told = {"family": "server", "architecture": f"behind {self.settings.place}"}
+        # A hosted name stands for one version today and another tomorrow; some servers say which answered.
+        answering = sorted(set(self.answered()["model"].dropna()))
+        told = {"family": "server", "architecture": f"behind {self.settings.place}", "revision": ", ".join(answering)}
         return told | dict.fromkeys(("layers", "width", "parameters")) | {"source": self.config.model}
 
     def _inside(self) -> Json:
@@ -223,7 +228,7 @@ def encoded(image: ImageSource) -> bytes:
     """
     picture = image.load()
     data = image.read()
-    if data.startswith(_SENT_AS_IT_IS):
+    if picture_kind(data) is not None:
         return data
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
@@ -241,8 +246,11 @@ def _line(reply: Reply) -> dict[str, object]:
         "error": reply.error or None,
         "error_kind": reply.error_kind or None,
         "mean_log_prob": sum(log_probs) / len(log_probs) if log_probs else float("nan"),
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "model": reply.model or None,
     }
 
 
 def _hash(rows: pd.DataFrame) -> str:
-    return hash_of(rows[["answer", "error"]].to_json(orient="split"))
+    return key_of(rows[["answer", "error"]].to_json(orient="split"))

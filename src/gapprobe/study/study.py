@@ -35,16 +35,7 @@ INSIDE = ("probe", "recipe", "lens", "cosine", "selective")  # steps that read a
 
 
 class Study(Asking):
-    """One study in one output folder. Every step runs what it needs first, and keeps what it finds.
-
-    Args:
-        config: from `load_config`.
-        out: output folder; several studies may share one.
-        progress: show progress bars.
-
-    Raises:
-        ConfigError: questions, prompts or images cannot be used.
-    """
+    """One study in one output folder. Every step runs what it needs first, and keeps what it finds; see `Asking`."""
 
     @cached_property
     def outcomes(self) -> pd.DataFrame:
@@ -191,9 +182,14 @@ class Study(Asking):
 
     def _inside(self) -> Json:
         """Return what the activations say, by step."""
-        found = {name: getattr(self, name)() for name in INSIDE}
-        found["probe"] = {key: value for key, value in found["probe"].items() if key != "scores"}
-        return {"layers": list(self.capture().header.layers), **found}
+        return {
+            "layers": list(self.capture().header.layers),
+            "probe": {key: value for key, value in self.probe().items() if key != "scores"},
+            "recipe": self.recipe(),
+            "lens": self.lens(),
+            "cosine": self.cosine(),
+            "selective": self.selective(),
+        }
 
     @property
     def seconds(self) -> dict[str, float]:

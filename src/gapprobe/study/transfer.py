@@ -1,4 +1,4 @@
-"""Failure probes carried from study to study: other data of one model, or other models of one width."""
+"""Failure probes carried from study to study: other data of one model, or other models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def transfer_between(studies: Sequence[Study], *, aligned: bool = False, progres
         DataError: models of other widths that were not asked the same, or rows of one outcome only.
     """
     if len(studies) < 2:
-        raise ConfigError("a transfer needs two studies at least: another data set, or another model of the same width")
+        raise ConfigError("a transfer needs two studies at least: another data set, or another model")
     sets: dict[str, TransferSet] = {}
     used: set[Call] = set()
     for study in studies:

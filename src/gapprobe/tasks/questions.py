@@ -207,6 +207,14 @@ def reason_to_drop(question: Question, entity: Entity) -> str | None:
     return None
 
 
+def reason_to_leave_out(question: Question, entity: Entity, reference: str) -> str | None:
+    """Return why a study cannot ask a question: `reason_to_drop`, or that a name is left beside the reference."""
+    reason = reason_to_drop(question, entity)
+    if reason is None and leaks(question.referring(reference), entity):
+        reason = "the question names the entity outside its slot"
+    return reason
+
+
 def load_questions(path: Path, reference: str | None = None, identify: str | None = None) -> QuestionSet:
     """Read a question file, `.toml` (relations and answers by entity) or `.csv` (columns entity, question, answer).
 
@@ -247,9 +255,7 @@ def _filtered(
             raise ConfigError(f"{path}: question {question.id} is about an entity that the file does not list")
         if question.id in {q.id for q in kept}:
             raise ConfigError(f"{path}: two questions share relation and entity {question.id}; rename one relation")
-        reason = reason_to_drop(question, entity)
-        if reason is None and leaks(question.referring(reference), entity):
-            reason = "the question names the entity outside its slot"
+        reason = reason_to_leave_out(question, entity, reference)
         if reason is None:
             kept.append(question)
         else:
