@@ -752,7 +752,7 @@ def generate(
     from pydantic import ValidationError
 
     from gapprobe.chat.server import ChatServer, ServerSettings
-    from gapprobe.generation.generating import generate_questions, read_entities, write_generated
+    from gapprobe.generation.generating import generate_questions, read_entities, require_own, write_generated
     from gapprobe.generation.pages import open_pages
 
     try:
@@ -767,6 +767,7 @@ def generate(
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"{'.'.join(map(str, problem['loc'])) or 'server'}: {problem['msg']}") from error
+    require_own(out)
     listed = read_entities(entities)
     source = None if pages is None else open_pages(pages, out / "pages")
     if local:

@@ -227,6 +227,17 @@ def test_every_pair_is_in_the_file_or_among_the_dropped(tmp_path) -> None:
         assert len(list(csv.DictReader((tmp_path / "out" / name).open()))) in (3, 4)
 
 
+def test_pairs_stand_by_entity_whatever_they_were_read_in(tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("France", "Japan"):
+        (tmp_path / "in" / f"{name}.txt").write_text(f"{name} is a country.")
+    chat = Says("no pairs at all", article="France and Japan are far apart.")
+    asked = [Entity("Japan"), Entity("France")]
+    found = generate_questions(asked, chat, open_pages(str(tmp_path / "in"), tmp_path), progress=False)
+    assert found.counts["passages"] == 4
+    assert [d.entity for d in found.dropped] == ["Japan", "Japan", "France", "France"]
+
+
 def test_relations_group_what_is_alike_and_tell_apart_what_is_long() -> None:
     assert relation_of("Where is the {entity}?") == relation_of(
         "where is {entity}, the".replace("{entity}, the", "the {entity}")
@@ -244,7 +255,12 @@ def test_bad_input_is_refused_before_anything_is_asked(tmp_path, capsys) -> None
         generate_questions([Entity("a"), Entity("a")], chat)
     with pytest.raises(ConfigError, match="nothing to read"):
         generate_questions([Entity("a")], chat, own_article=False)
+    with pytest.raises(ConfigError, match="most_passages is 0"):
+        generate_questions([Entity("a")], chat, most_passages=0)
     assert chat.asked == 0
+    (tmp_path / "nobody.csv").write_text("entity\n")
+    with pytest.raises(ConfigError, match=r"nobody\.csv lists none"):
+        read_entities(tmp_path / "nobody.csv")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_entities(tmp_path / "none.csv")
     (tmp_path / "bad.csv").write_text("name\nx\n")
@@ -262,6 +278,12 @@ def test_bad_input_is_refused_before_anything_is_asked(tmp_path, capsys) -> None
             main([*command, *more])
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "questions.csv").write_text("by hand")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "was not generated and would be lost" in capsys.readouterr().err
+    assert (tmp_path / "out" / "questions.csv").read_text() == "by hand"
 
 
 def test_a_server_that_is_not_there_is_named(tmp_path) -> None:

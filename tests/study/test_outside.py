@@ -95,6 +95,9 @@ def test_rows_of_another_kind_are_judged_by_what_the_trials_taught(tmp_path: Pat
     table.drop(columns="gold").to_csv(tmp_path / "none.csv", index=False)
     with pytest.raises(ConfigError, match="must have a column gold"):
         measure_outside([study], tmp_path / "none.csv")
+    table.iloc[:0].to_csv(tmp_path / "empty.csv", index=False)
+    with pytest.raises(ConfigError, match="has no lines"):
+        measure_outside([study], tmp_path / "empty.csv")
     with pytest.raises(ConfigError, match="give a study"):
         measure_outside([], tmp_path / "table.csv")
     other = Study(study.config.model_copy(update={"model": "other", "name": "b"}), tmp_path / "out", progress=False)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from gapprobe.chat.base import Chat
 from gapprobe.chat.forms import Failed, structured
-from gapprobe.errors import ConfigError
+from gapprobe.errors import ConfigError, OutputError
 from gapprobe.files import write_bytes
 from gapprobe.generation.asking import Distractors, Proposed, ask_for_article, ask_for_distractors, ask_for_pairs
 from gapprobe.generation.filters import FILTERS, Judge, Pair
@@ -89,12 +89,14 @@ def generate_questions(
         progress: show bars.
 
     Raises:
-        ConfigError: no entity, two of one name, or neither pages nor articles.
+        ConfigError: no entity, two of one name, no passage to read, or neither pages nor articles.
         ModelError: the language model cannot be asked.
     """
     by_name = {entity.name: entity for entity in entities}
     if not entities or len(by_name) < len(entities):
         raise ConfigError("give at least one entity, each once" if entities else "give at least one entity")
+    if most_passages < 1:
+        raise ConfigError(f"most_passages is {most_passages}; it must be at least 1")
     if pages is None and not own_article:
         raise ConfigError("there is nothing to read: give pages, or have the model write articles")
     found = Generated(tuple(entities), seed=seed)
@@ -154,7 +156,7 @@ def read_entities(path: Path) -> list[Entity]:
     """Read entities from a CSV with the column `entity` and, if there is one, `aliases`, separated by `|`.
 
     Raises:
-        ConfigError: the file is missing, is no CSV in UTF-8, or lacks the column.
+        ConfigError: the file is missing, is no CSV in UTF-8, lacks the column, or lists no entity.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -163,18 +165,32 @@ def read_entities(path: Path) -> list[Entity]:
         raise ConfigError(f"entities {path} cannot be read: {error}") from error
     except (KeyError, AttributeError) as error:
         raise ConfigError(f"entities {path} need the column entity") from error
-    return [Entity(name, tuple(filter(None, map(str.strip, other.split("|"))))) for name, other in rows if name]
+    found = [Entity(name, tuple(filter(None, map(str.strip, other.split("|"))))) for name, other in rows if name]
+    if not found:
+        raise ConfigError(f"entities {path} lists none; give one a line")
+    return found
+
+
+def require_own(out: Path) -> None:
+    """Refuse a folder whose questions are somebody's own: writing there would lose them.
+
+    Raises:
+        OutputError: it has a `questions.csv` and no `dropped.csv`, which `write_generated` always writes beside it.
+    """
+    if (out / "questions.csv").exists() and not (out / "dropped.csv").exists():
+        raise OutputError(f"{out / 'questions.csv'} was not generated and would be lost; choose another folder")
 
 
 def write_generated(found: Generated, out: Path) -> None:
     """Write `questions.csv`, `dropped.csv`, `distractors.csv` if there are any, and `report.md` into a folder."""
     aliases = {entity.name: "|".join(entity.aliases) for entity in found.entities}
     tables = {
+        # First, so that a folder with questions of ours has it even if the run is killed between the two.
+        "dropped": pd.DataFrame(map(asdict, found.dropped), columns=[f.name for f in fields(Dropped)]),
         "questions": pd.DataFrame(
             [(q.entity, aliases[q.entity], q.relation, q.text, q.answer) for q in found.questions],
             columns=["entity", "aliases", "relation", "question", "answer"],
         ),
-        "dropped": pd.DataFrame(map(asdict, found.dropped), columns=[f.name for f in fields(Dropped)]),
     }
     if found.distractors:
         wrong = [(id_, text) for id_, texts in found.distractors.items() for text in texts]

@@ -80,9 +80,6 @@ def shared_maps(anchors: Sequence[Float[Tensor, "m _"]], rank: int) -> tuple[lis
         parts.append((mean, u[:, :k], vh[:k].T / s[:k]))
     rank = min(rank, *(u.shape[1] for _, u, _ in parts))
     left, found, _ = torch.linalg.svd(torch.cat([u for _, u, _ in parts], 1), full_matrices=False)
-    # Whichever sign LAPACK gives, the entry of largest size is positive: the same anchors give the same map.
-    left = left[:, :rank]
-    left = left * left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
-    # To unit variance over the anchors, so that one strength of penalty is meant for all coordinates.
-    maps = [Map(mean, white @ (u.T @ left) * m**0.5) for mean, u, white in parts]
+    # Scale and sign of a coordinate are no matter: probes standardise what they read.
+    maps = [Map(mean, white @ (u.T @ left[:, :rank])) for mean, u, white in parts]
     return maps, found[:rank].square() / len(parts)

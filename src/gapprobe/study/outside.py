@@ -56,7 +56,9 @@ def measure_outside(studies: Sequence[Study], table: Path, *, progress: bool = F
         raise ConfigError("give the studies of one model" if studies else "give a study to learn from")
     first = studies[0]
     examples = load_examples(table)
-    if not examples or any(not example.columns.get(GOLD) for example in examples):
+    if not examples:
+        raise ConfigError(f"{table} has no lines")
+    if any(not example.columns.get(GOLD) for example in examples):
         raise ConfigError(f"{table} must have a column {GOLD} with the right answer of every line")
     store, ids = first.outside(examples)
     asked = _lines(ids, examples, table)
