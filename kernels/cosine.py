@@ -6,10 +6,10 @@ that push every cosine towards one; a centred cosine compares what differs betwe
 dimensions the same say. Whitening by the whole covariance is left out on purpose: with fewer rows than dimensions it
 shows its shrinkage.
 
-Rows are taken in pieces that stay in a core's cache, widened there to float32; products are summed in float32 over
-`SEGMENT` numbers and in float64 beyond. A row that is nothing but rounding after centring, and one that holds NaN or an
-infinity, has no direction: its cosine is NaN. On CUDA and ROCm a Triton kernel does the same (`cosine_triton`). Pairing
-rows is the caller's work.
+Numbers are widened to float32 as they come from memory and are read once; products are summed in float32 over a few
+hundred of them and in float64 beyond. A row that is nothing but rounding after centring, and one that holds NaN or an
+infinity, has no direction: its cosine is NaN. A CPU sweeps over the rows in `cosine_cpu`, CUDA and ROCm in a Triton
+kernel (`cosine_triton`). Pairing rows is the caller's work.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from torch import Tensor
 
 from gapprobe.kernels.products import on_gpu
 
-PIECE = 1 << 17  # numbers of a side: two such pieces in float32 stay near a core; smaller ones cost calls
-SEGMENT = 512
+PIECE = 1 << 17  # numbers of a side that are widened to float64 at once
 ROUNDING = 1e-6  # of a float32 row's own length: below it, what is left after centring is not signal
 FAINT = 1e-30  # a float32 sum of squares below it may have lost terms to underflow
 
@@ -98,7 +97,7 @@ def paired(
 
         sums = cosine_triton.sums(left, right, mean, std)
     else:
-        sums = sums_by_piece(left, right, mean, std)
+        sums = sums_on_cpu(left, right, mean, std)
     squares = sums[:, 1:]
     # What float32 does not hold is taken again in float64; where centring leaves nothing there is nothing to take.
     odd = (~squares.isfinite() | (squares < FAINT)).any(1)
@@ -139,47 +138,27 @@ def apart(
     return (float(sums[0] @ sums[1]) - matched) / pairs if pairs else float("nan")
 
 
-# What overflows is found by its infinity and taken again; numpy need not warn of it.
-@np.errstate(over="ignore", invalid="ignore")
-def sums_by_piece(
+def sums_on_cpu(
     left: Float[Tensor, "n d"],
     right: Float[Tensor, "n d"],
     mean: Float[Tensor, " d"] | None = None,
     std: Float[Tensor, " d"] | None = None,
 ) -> Float64[Tensor, "v 3 n"]:
     """Return a.b, a.a and b.b of every pair: raw, and centred and standardised where these are asked for."""
+    from gapprobe.kernels import cosine_cpu, compiled  # a third of a second to import
+
     n, d = left.shape
-    segments = max(1, -(-d // SEGMENT))
-    size = -(-d // segments)
-    rows = max(1, min(n, PIECE // max(1, d)))
-    shifts = [] if mean is None else parts(mean)
-    scale = None if std is None else inverse(std).float()
-    out = np.empty((1 + bool(shifts) + (scale is not None), 3, n, segments), np.float32)
-    room = torch.zeros(2, rows, segments * size)  # what is over a row's end stays zero
-    wide, cut = room[..., :d], room.numpy().reshape(2, rows, segments, size)
-    as_is = left.dtype == torch.float32 and not shifts and segments * size == d
-    for start, a, b in zip(range(0, max(n, 1), rows), left.split(rows), right.split(rows), strict=True):
-        here = slice(start, start + len(a))
-        if as_is:
-            a, b = (x.numpy().reshape(len(x), segments, size) for x in (a, b))
-            np.vecdot(a, b, out=out[0, 0, here])
-            np.vecdot(a, a, out=out[0, 1, here])
-            np.vecdot(b, b, out=out[0, 2, here])
-            continue
-        if len(a) < rows:
-            wide, cut = wide[:, : len(a)], cut[:, : len(a)]
-        wide[0].copy_(a)
-        wide[1].copy_(b)
-        _dots(cut, out[0, :, here])
-        if shifts:
-            for shift in shifts:
-                wide.sub_(shift)
-            _dots(cut, out[1, :, here])
-        if scale is not None:
-            wide.mul_(scale)
-            _dots(cut, out[2, :, here])
-    # float32 within a segment, float64 over them
-    return torch.from_numpy(out.sum(-1, dtype=np.float64))
+    variants = 1 + (mean is not None) + (std is not None)
+    sides = (*compiled.flat(left), *compiled.flat(right))
+    out = np.zeros((variants if variants == 1 else 3, 3, n))
+    if mean is None:
+        compiled.by_rows(lambda a, b: cosine_cpu.raw(*sides, d, a, b, out[0]), n, d)
+    else:
+        # Without deviations the third kind costs nothing that the first two do not: memory is what is waited for.
+        scale = torch.ones(d) if std is None else inverse(std).float()
+        shifts = (*(part.numpy() for part in parts(mean)), scale.numpy())
+        compiled.by_rows(lambda a, b: cosine_cpu.shifted(*sides, *shifts, a, b, out), n, d)
+    return torch.from_numpy(out[:variants])
 
 
 def parts(mean: Float[Tensor, " d"]) -> list[Float32[Tensor, " d"]]:
@@ -189,9 +168,3 @@ def parts(mean: Float[Tensor, " d"]) -> list[Float32[Tensor, " d"]]:
     """
     high = mean.float()
     return [high, (mean.double() - high.double()).float()]
-
-
-def _dots(both: np.ndarray, out: np.ndarray) -> None:
-    """Write a.b, a.a and b.b by segment. BLAS's dot product is the one that reads its operands at the cache's speed."""
-    np.vecdot(both[0], both[1], out=out[0])
-    np.vecdot(both, both, out=out[1:])

@@ -96,7 +96,7 @@ def sums(
     mean: Float[Tensor, " d"] | None = None,
     std: Float[Tensor, " d"] | None = None,
 ) -> Float64[Tensor, "v 3 n"]:
-    """Launch `sums_kernel`; the same as `cosine.sums_by_piece`."""
+    """Launch `sums_kernel`; the same as `cosine.sums_on_cpu`."""
     n, d = left.shape
     a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
     variants = 1 + (mean is not None) + (std is not None)

@@ -1,0 +1,108 @@
+"""Loops that numba compiles for this machine's CPU: what no call of torch or numpy does in one sweep over memory.
+
+A loop over the numbers of a row becomes vector instructions where the compiler may add up in an order of its own
+(`sweep`). Which order depends on the CPU, as it does in a BLAS, and on nothing else: equal bytes in, equal bytes out.
+NaN and infinities stay what they are. Functions whose every rounding counts are `exact`; called from a sweep, they keep
+it. The machine code is kept beside the sources, or in the user's cache where these cannot be written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, no_type_check
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+WORTH_A_THREAD = 1 << 18  # numbers: less takes no longer than handing it over
+
+
+def sweep(function: Callable[..., Any]) -> Any:
+    """Compile a loop whose sums may be taken in any order. It frees the interpreter while it runs."""
+    return _jit(function, {"reassoc", "contract", "nsz"})
+
+
+def exact(function: Callable[..., Any]) -> Any:
+    """Compile a function whose operations are taken as they are written, but for a product that is added."""
+    return _jit(function, {"contract"})
+
+
+def _jit(function: Callable[..., Any], fastmath: set[str]) -> Any:
+    options: dict[str, Any] = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep it in: it is compiled anew in every process
+        return numba.njit(**options)(function)
+
+
+def flat(x: Shaped[Tensor, "n d"]) -> tuple[np.ndarray, int]:
+    """Return the memory of rows as a sweep takes it, and how many numbers lie from one row to the next.
+
+    16-bit floats become integers, which tell `wide` which they are; what is neither 16 bits nor float32 is narrowed.
+    """
+    n, d = x.shape
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        x = x.float()
+    if d > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    step = x.stride(0) if n > 1 else d
+    # One axis of memory: of a matrix with steps the compiler would not know that a row's numbers are neighbours.
+    line = x.as_strided(((n - 1) * step + d if n and d else 0,), (1,))
+    integers = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+    return (line.view(integers[x.dtype]) if x.dtype in integers else line).numpy(), step
+
+
+@intrinsic
+@no_type_check
+def wide(context, number):  # noqa: ANN001, ANN201, ARG001 (numba's own contract)
+    """Return a number of `flat` as float32: uint16 is bfloat16, int16 is float16."""
+    as_float = ir.FloatType()
+    make = {
+        types.uint16: lambda b, x: b.bitcast(b.shl(b.zext(x, ir.IntType(32)), ir.IntType(32)(16)), as_float),
+        types.int16: lambda b, x: b.fpext(b.bitcast(x, ir.HalfType()), as_float),
+        types.float32: lambda _, x: x,
+    }[number]
+    return types.float32(number), lambda _, builder, __, args: make(builder, args[0])
+
+
+@intrinsic
+@no_type_check
+def bits(context, number):  # noqa: ANN001, ANN201, ARG001
+    """Return the bits of a float32 as int32."""
+    return types.int32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+@no_type_check
+def from_bits(context, number):  # noqa: ANN001, ANN201, ARG001
+    """Return the float32 that has these bits."""
+    return types.float32(types.int32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+@no_type_check
+def larger(context, a, b):  # noqa: ANN001, ANN201, ARG001
+    """Return a where it is larger than b, else b, also where either is NaN: one instruction, and no branch."""
+
+    def make(_, builder, __, args):  # noqa: ANN001, ANN202
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return types.float32(types.float32, types.float32), make
+
+
+def by_rows(run: Callable[[int, int], None], rows: int, width: int) -> None:
+    """Call `run(first, last)` for parts of the rows, one to each of torch's threads where that pays."""
+    threads = min(torch.get_num_threads(), rows, rows * width // WORTH_A_THREAD)
+    if threads <= 1:
+        run(0, rows)
+        return
+    cuts = [rows * i // threads for i in range(threads + 1)]
+    with ThreadPoolExecutor(threads, "gapprobe-sweep") as pool:
+        list(pool.map(run, cuts, cuts[1:]))
