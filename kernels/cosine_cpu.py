@@ -16,12 +16,13 @@ SEGMENT = 512  # numbers whose products are added up in float32
 def raw(left, left_step, right, right_step, d, first, last, out):  # noqa: ANN001, ANN201 (compiled by the types it gets)
     """Write a.b, a.a and b.b of rows `first` to `last` of two `compiled.flat` sides."""
     for i in range(first, last):
-        at, to = i * left_step, i * right_step
+        # A row of its own: the compiler then knows that no index is negative.
+        mine, other = left[i * left_step : i * left_step + d], right[i * right_step : i * right_step + d]
         ab, aa, bb = 0.0, 0.0, 0.0
         for start in range(0, d, SEGMENT):
             x, y, z = np.float32(0), np.float32(0), np.float32(0)
             for j in range(start, min(d, start + SEGMENT)):
-                a, b = wide(left[at + j]), wide(right[to + j])
+                a, b = wide(mine[j]), wide(other[j])
                 x += a * b
                 y += a * a
                 z += b * b
@@ -44,14 +45,14 @@ def shifted(left, left_step, right, right_step, high, low, scale, first, last, o
     """Write the same of the rows as they are, less a mean, and that times a scale."""
     d = len(high)
     for i in range(first, last):
-        at, to = i * left_step, i * right_step
+        mine, other = left[i * left_step : i * left_step + d], right[i * right_step : i * right_step + d]
         ab, aa, bb, cd, cc, dd, ef, ee, ff = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         for start in range(0, d, SEGMENT):
             x, y, z = np.float32(0), np.float32(0), np.float32(0)
             p, q, r = np.float32(0), np.float32(0), np.float32(0)
             u, v, w = np.float32(0), np.float32(0), np.float32(0)
             for j in range(start, min(d, start + SEGMENT)):
-                a, b = wide(left[at + j]), wide(right[to + j])
+                a, b = wide(mine[j]), wide(other[j])
                 x += a * b
                 y += a * a
                 z += b * b
