@@ -51,6 +51,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 BLOCK = 1024  # rows at once, for those who do not take the whole matrix
 _DISTRIBUTIONS = ("gapprobe", "torch", "numpy", "scikit-learn")
 
+MAPPED = "cosine-mapped-bfloat16"
+
 Work = Callable[[], np.ndarray | None]
 Peer = Callable[[Tensor, Tensor], Tensor]
 
@@ -184,6 +186,8 @@ def in_memory(n: int, name: str, dtype: torch.dtype, peers: Mapping[str, Peer]) 
         FLOOR: raw[FLOOR],
         OURS: lambda: np.stack([v.numpy() for v in vars(cosine.paired(a, b, mean, std)).values()]),
     }
+    for setting in settings:  # what is compiled once a machine is not timed
+        cosine.paired(a[:2], b[:2], *setting)
     told = f"{n:,} pairs in memory, width {WIDTH:,}, {name}"
     return [
         Operation(f"cosine-raw-{name}", f"Raw cosines of {told}", size, truth[:1], raw),
@@ -195,6 +199,26 @@ def in_memory(n: int, name: str, dtype: torch.dtype, peers: Mapping[str, Peer]) 
             ours | {peer: every(theirs) for peer, theirs in peers.items()},
         ),
     ]
+
+
+def mapped(n: int, folder: Path, peers: Mapping[str, Peer]) -> Operation:
+    """Return the raw cosines of files in the page cache, mapped anew each time: their pages count, as the floor's do."""
+    sides = [residuals(n, seed, torch.bfloat16) for seed in (5, 6)]
+    paths = [folder / name for name in ("left", "right")]
+    for path, x in zip(paths, sides, strict=True):
+        path.write_bytes(x.view(torch.uint8).numpy().tobytes())
+
+    def opened() -> list[Tensor]:
+        return [torch.from_file(str(path), size=n * WIDTH, dtype=torch.bfloat16).view(n, WIDTH) for path in paths]
+
+    contestants: dict[str, Work] = {
+        FLOOR: lambda: streamed(*opened()),
+        OURS: lambda: cosine.paired(*opened()).raw.numpy()[None],
+        **{peer: lambda theirs=theirs: theirs(*opened()).numpy()[None] for peer, theirs in peers.items()},
+    }
+    title = f"Raw cosines of {n:,} pairs in two mapped files in the page cache, width {WIDTH:,}, bfloat16"
+    size = 2 * n * WIDTH * 2
+    return Operation(MAPPED, title, size, cosine.reference(*sides).numpy()[None], contestants)
 
 
 def in_store(n: int, folder: Path) -> Operation:
@@ -260,7 +284,8 @@ def benchmark(options: Options) -> dict[str, Any]:
     """
     n = options.rows or (4096 if options.quick else 16_384)
     names = [f"cosine-{kind}-{name}" for name in DTYPES for kind in ("raw", "all")] + [
-        f"cosine-store-bfloat16-{LAYERS}"
+        MAPPED,
+        f"cosine-store-bfloat16-{LAYERS}",
     ]
     refuse_unknown("operation", options.only, names)
     described = machine(options.folder or Path(tempfile.gettempdir()))
@@ -272,9 +297,10 @@ def benchmark(options: Options) -> dict[str, Any]:
                 lambda name=name, dtype=dtype: in_memory(n, name, dtype, QUICK if options.quick else PEERS)
                 for name, dtype in DTYPES.items()
             ),
+            lambda: [mapped(n, Path(folder), QUICK if options.quick else PEERS)],
             lambda: [in_store(n // 2, Path(folder))],
         ]
-        for make, made in zip(makers, [names[0:2], names[2:4], names[4:6], names[6:]], strict=True):
+        for make, made in zip(makers, [names[0:2], names[2:4], names[4:6], names[6:7], names[7:]], strict=True):
             if options.only and not set(made) & set(options.only):
                 continue
             operations = [each for each in make() if not options.only or each.name in options.only]

@@ -90,11 +90,8 @@ def from_bits(context, number):  # noqa: ANN001, ANN201, ARG001
 @no_type_check
 def larger(context, a, b):  # noqa: ANN001, ANN201, ARG001
     """Return a where it is larger than b, else b, also where either is NaN: one instruction, and no branch."""
-
-    def make(_, builder, __, args):  # noqa: ANN001, ANN202
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
-
-    return types.float32(types.float32, types.float32), make
+    signature = types.float32(types.float32, types.float32)
+    return signature, lambda _, builder, __, args: builder.select(builder.fcmp_ordered(">", *args), *args)
 
 
 def by_rows(run: Callable[[int, int], None], rows: int, width: int) -> None:

@@ -145,7 +145,7 @@ def sums_on_cpu(
     std: Float[Tensor, " d"] | None = None,
 ) -> Float64[Tensor, "v 3 n"]:
     """Return a.b, a.a and b.b of every pair: raw, and centred and standardised where these are asked for."""
-    from gapprobe.kernels import cosine_cpu, compiled  # a third of a second to import
+    from gapprobe.kernels import compiled, cosine_cpu  # a third of a second to import
 
     n, d = left.shape
     variants = 1 + (mean is not None) + (std is not None)

@@ -4,33 +4,25 @@ Mathematics: h = norm(x), z = cap(W h + b), log p(w) = z_w - log sum_u exp z_u, 
 entropy = -sum_w p(w) log p(w), KL = sum_w p_final(w) (log p_final(w) - log p(w)).
 
 The vocabulary is walked in tiles. Each gives a `Part`, and parts make one, be they of tiles, of programs on a GPU or of
-shards on several devices: beside input and output, memory depends neither on n nor on v. On CUDA and ROCm a Triton
-kernel walks (`logit_lens_triton`), elsewhere torch does.
+shards on several devices: beside input and output, memory depends neither on n nor on v. A CPU looks at tiles in a
+compiled sweep (`lens_cpu`), CUDA and ROCm walk in a Triton kernel (`logit_lens_triton`), others in plain calls of torch
+(`lens_torch`).
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from einops import einsum, reduce
-from jaxtyping import Float, Float32, Float64, Int, Int64, Shaped
+from jaxtyping import Float, Float32, Float64, Int, Int64
 from torch import Tensor
 
-from gapprobe.kernels.lens_parts import KEPT_ON_GPU, NO_KEY, Part, Walker, capped, keys, merge, normed, unlocked
+from gapprobe.kernels.lens_parts import KEPT_ON_GPU, Part, Walker, capped, merge, normed, unlocked
 from gapprobe.kernels.lens_parts import Unembedding as Unembedding
+from gapprobe.kernels.lens_torch import TorchWalker
 from gapprobe.kernels.products import on_gpu
 
 ROW_BLOCK = 1152
-WORD_BLOCK = 1536
-# The smallest product: below it BLAS libraries multiply in another order, and a row's bytes would tell its company.
-LEAST = 16
-# Words that share a maximum, by which the best are found; what a tile's words are filled up to, so no less than LEAST.
-STRIDE = 16
-_LOG2_E = 1 / math.log(2)
-_PARTS = 32  # tiles whose sums wait to be made one
-_WAITING = 8  # times the best words that may wait to be put in order
-NOWHERE = -1e30  # the logit of words that only fill up a tile: finite, so that nothing times it is NaN
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,7 @@ def read(
     Products are float32 in effect, whatever the dtypes; norms are float64 on a CPU, float32 on a GPU; sums over a tile
     are float32, over tiles float64. Ranks and best words compare float32 logits, all made by the same product, so they
     are the reference's wherever its gap is larger than a rounding. Equal bytes in, equal bytes out, however rows and
-    layers are cut into calls, where the BLAS multiplies a row alike in any company: MKL does, from `LEAST` rows and
+    layers are cut into calls, where the BLAS multiplies a row alike in any company: MKL does, from 16 rows and
     words on.
 
     Args:
@@ -204,6 +196,10 @@ def _read_rows(
             from gapprobe.kernels import logit_lens_triton  # not everywhere installed, and slow to import
 
             walkers.append(logit_lens_triton.TritonWalker(here, shard, first, crossed=crossed))
+        elif here.device.type == "cpu":
+            from gapprobe.kernels import lens_cpu  # a third of a second to import
+
+            walkers.append(lens_cpu.CpuWalker(here, shard, first))
         else:
             walkers.append(TorchWalker(here, shard, first))
         first += len(shard.weight)
@@ -226,7 +222,7 @@ def _walk(
 def _reading(part: Part, targets: Int64[Tensor, "n q"], crossed: bool) -> Reading:
     log_total = torch.log(part.total)
     normal = part.top + log_total
-    if not bool((fine := torch.isfinite(normal)).all()):
+    if not bool((fine := torch.isfinite(normal) & torch.isfinite(part.weighted)).all()):
         layer, row = torch.nonzero(~fine)[0].tolist()
         raise ValueError(f"layer {layer} of the call, row {row}: logits are not finite; is the unembedding?")
     kl = (part.crossed[:1] - part.crossed) / part.total[:1] + log_total - log_total[:1]
@@ -241,156 +237,3 @@ def _reading(part: Part, targets: Int64[Tensor, "n q"], crossed: bool) -> Readin
         (values.double() - normal[here, :, None]).clamp(max=0.0).float(),
         kl[here].clamp(min=0.0).float() if crossed else None,
     )
-
-
-class TorchWalker:
-    """Rows before a shard of the vocabulary, multiplied and looked at tile by tile by torch."""
-
-    def __init__(self, x: Float[Tensor, "l n d"], shard: Unembedding, first: int) -> None:
-        """Norm the rows, once and in float64; the shard's words are numbered from `first`."""
-        self.device = x.device
-        self._layers, self._rows = x.shape[:2]
-        self._shard, self._first = shard, first
-        h = normed(x.double(), shard).float()
-        self._h = torch.nn.functional.pad(h.flatten(0, 1), (0, 0, 0, max(0, LEAST - len(h) * h.shape[1])))
-
-    def aim(self, targets: Int64[Tensor, "n q"]) -> Float32[Tensor, "l n q"]:
-        """Return the targets' logits, -inf for those of another shard, by products as they are in the walk."""
-        out = self._h.new_full((self._layers, *targets.shape), -torch.inf)
-        local = targets - self._first
-        rows, places = torch.nonzero((local >= 0) & (local < len(self._shard.weight)), as_tuple=True)
-        for row, place in zip(rows.split(WORD_BLOCK), places.split(WORD_BLOCK), strict=True):
-            asked, column = local[row, place].unique(return_inverse=True)
-            z = self._h.new_empty(len(self._h), _filled(len(asked)))
-            self._logits(asked, z)
-            out[:, row, place] = self._layered(z)[:, row, column]
-        return out
-
-    def walk(self, targets: Int64[Tensor, "n q"], aims: Float32[Tensor, "l n q"], top_k: int, crossed: bool) -> Part:
-        """Return what the shard says of all rows; ranks are counted against `aims`."""
-        v, m = len(self._shard.weight), len(self._h)
-        # One room for all tiles, which the cache knows; what stays in it is contiguous for tiles of any width.
-        room = self._h.new_empty(2, m * _filled(min(WORD_BLOCK, v)))
-        best = _Best(m, top_k, self.device)
-        parts: list[Part] = []
-        for start in range(0, v, WORD_BLOCK):
-            count = min(WORD_BLOCK, v - start)
-            z, spare = (each[: m * _filled(count)].view(m, -1) for each in room)
-            self._logits(slice(start, start + count), z)
-            own = self._own(z, targets - (self._first + start), count)
-            above = self._above(z, aims, spare)
-            peaks = z.view(m, STRIDE, -1).amax(1)
-            if top_k:
-                best.look(z, peaks, self._first + start)
-            parts.append(self._sums(z, peaks.amax(1), spare, own, above, crossed))
-            if len(parts) == _PARTS:
-                parts = [merge(parts)]
-        best.settle()
-        return replace(merge(parts), best=self._layered(best.keys))
-
-    def _logits(self, words: slice | Int64[Tensor, " w"], out: Float32[Tensor, "m f"]) -> None:
-        """Write the logits of some words, and what is no word's beside them."""
-        weight = self._shard.weight[words].float()
-        count = len(weight)
-        if count < out.shape[1]:
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, out.shape[1] - count))
-        torch.mm(self._h, weight.T, out=out)
-        if self._shard.bias is not None:
-            out[:, :count] += self._shard.bias[words].float()
-        if self._shard.cap is not None:
-            out.div_(self._shard.cap).tanh_().mul_(self._shard.cap)
-        out[:, count:] = NOWHERE
-
-    def _own(self, z: Float32[Tensor, "m f"], local: Int64[Tensor, "n q"], count: int) -> Float32[Tensor, "l n q"]:
-        own = z.new_full((self._layers, *local.shape), -torch.inf)
-        row, place = torch.nonzero((local >= 0) & (local < count), as_tuple=True)
-        own[:, row, place] = self._layered(z)[:, row, local[row, place]]
-        return own
-
-    def _above(
-        self, z: Float32[Tensor, "m f"], aims: Float32[Tensor, "l n q"], spare: Float32[Tensor, "m f"]
-    ) -> Int64[Tensor, "l n q"]:
-        """Count larger logits. Ones in float32 take a third of the time of truth values; a tile has less than 2^24."""
-        above = torch.empty_like(aims, dtype=torch.int64)
-        z, spare = self._layered(z), self._layered(spare)
-        for j in range(aims.shape[2]):
-            above[..., j] = torch.gt(z, aims[..., j, None], out=spare).sum(2)
-        return above
-
-    def _sums(
-        self,
-        z: Float32[Tensor, "m f"],
-        top: Float32[Tensor, " m"],
-        spare: Float32[Tensor, "m f"],
-        own: Float32[Tensor, "l n q"],
-        above: Int64[Tensor, "l n q"],
-        crossed: bool,
-    ) -> Part:
-        """Sum up a tile, and leave nothing of it. A product and exp2 together take half of the time of exp."""
-        u = self._layered(z.sub_(top[:, None]))
-        weight = self._layered(torch.mul(z, _LOG2_E, out=spare).exp2_())
-        total = weight.sum(2).double()
-        final = weight[0].clone() if crossed else None
-        weighted = weight.mul_(u).sum(2).double()
-        across = torch.zeros_like(weighted) if final is None else torch.mul(u, final, out=weight).sum(2).double()
-        none = top.new_empty((*total.shape, 0), dtype=torch.int64)
-        return Part(self._layered(top).double(), total, weighted, across, own, above, none)
-
-    def _layered(self, flat: Shaped[Tensor, "m *r"]) -> Shaped[Tensor, "l n *r"]:
-        return flat[: self._layers * self._rows].unflatten(0, (self._layers, self._rows))
-
-
-def _filled(words: int) -> int:
-    """Return the next width that STRIDE divides."""
-    return -(-words // STRIDE) * STRIDE
-
-
-class _Best:
-    """The best words of every row so far, as keys.
-
-    A tile is searched where the maximum of a stride of its words reaches a row's bar. What is found waits until there
-    are twice as many tiles as when things were last put in order, or too much waits: the bar is then a little low, but
-    rarely moved.
-    """
-
-    def __init__(self, rows: int, k: int, device: torch.device) -> None:
-        self.keys = torch.full((rows, k), NO_KEY, device=device)
-        self._least: Float32[Tensor, " m"] | None = None
-        self._found: list[tuple[Int64[Tensor, " c"], Int64[Tensor, " c"]]] = []
-        self._tiles = self._waiting = 0
-
-    def look(self, z: Float32[Tensor, "m f"], peaks: Float32[Tensor, "m s"], start: int) -> None:
-        """Search a tile; peak s is the maximum of the words start + s, start + s + f / STRIDE, ..."""
-        k, strides = self.keys.shape[1], peaks.shape[1]
-        if self._least is None:
-            # As many words as there are peaks are at least as good as the least of these.
-            some = peaks.topk(k, dim=1, sorted=False).values.amin(1) if k <= strides else None
-            self._least = peaks.new_full((len(z),), -torch.inf) if some is None else some
-        row, stride = torch.nonzero(peaks >= self._least[:, None], as_tuple=True)
-        values = z.view(len(z), STRIDE, strides)[row, :, stride]
-        line, place = torch.nonzero(values >= self._least[row, None], as_tuple=True)
-        self._found.append((row[line], keys(values[line, place], start + stride[line] + strides * place)))
-        self._tiles += 1
-        self._waiting += len(line)
-        if self._tiles & (self._tiles - 1) == 0 or self._waiting > _WAITING * self.keys.numel():
-            self.settle()
-
-    def settle(self) -> None:
-        """Put what was found in order."""
-        if not self._found:
-            return
-        row, found = (torch.cat(pieces) for pieces in zip(*self._found, strict=True))
-        self._found.clear()
-        self._waiting = 0
-        row, order = row.sort(stable=True)
-        # Side by side, as many places as the richest row has.
-        count = torch.bincount(row, minlength=len(self.keys))
-        place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-        lines = self.keys.new_full((len(self.keys), int(count.max())), NO_KEY)
-        lines[row, place] = found[order]
-        k = self.keys.shape[1]
-        self.keys = torch.cat([self.keys, lines], 1).topk(k, dim=1).values
-        last = self.keys[:, -1]
-        least = unlocked(last)[0].where(last != NO_KEY, -torch.inf)
-        # A later word that ties with the k-th best is none of the best.
-        self._least = torch.nextafter(least, torch.full_like(least, torch.inf))

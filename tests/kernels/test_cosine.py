@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import paired_cosine_distances
 from sklearn.preprocessing import StandardScaler
 
-from gapprobe.kernels import cosine
+from gapprobe.kernels import compiled, cosine
 
 # Products are added up in another order than torch's; beyond that, one rounding.
 ORDER, ROUNDING = 4.0, 2.0**-23
@@ -158,10 +158,27 @@ def test_pieces_and_strides_do_not_show(monkeypatch, dtype):
     left, right, mean, std = numbers(50, 600, dtype)
     whole = cosine.paired(left, right, mean, std)
     apart = [torch.full((50, 700), torch.nan, dtype=dtype)[:, 50:650].copy_(x) for x in (left, right)]
+    turned = [x.T.contiguous().T for x in (left, right)]
     monkeypatch.setattr(cosine, "PIECE", 7 * 600)
-    for again in (cosine.paired(left, right, mean, std), cosine.paired(*apart, mean, std)):
+    monkeypatch.setattr(compiled, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for sides in ((left, right), apart, turned, (apart[0], turned[1])):
+        again = cosine.paired(*sides, mean, std)
         for mine, theirs in zip(vars(again).values(), vars(whole).values(), strict=True):
             assert mine.equal(theirs)
+    first = cosine.paired(left[:1].expand(50, -1), right, mean, std)
+    assert first.raw.equal(cosine.paired(left[:1].repeat(50, 1), right, mean, std).raw)
+
+
+@pytest.mark.parametrize("other", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sides_may_differ_in_dtype(dtype, other):
+    left, right, mean, std = numbers(20, 77, dtype)
+    mixed, alike = cosine.paired(left, right.to(other), mean, std), cosine.paired(left, right, mean, std)
+    if other != dtype and other.itemsize == 2:
+        alike = cosine.paired(left.float(), right.to(other).float(), mean, std)
+    for mine, theirs in zip(vars(mixed).values(), vars(alike).values(), strict=True):
+        assert mine.equal(theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,16 +3,19 @@
 import dataclasses
 import inspect
 
+import numba
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gapprobe.kernels import lens_parts, logit_lens
+from gapprobe.kernels import compiled, lens_cpu, lens_parts, lens_torch, logit_lens
 from gapprobe.kernels.logit_lens import Reading, Unembedding, read, read_reference, reference
 
 EPS = torch.finfo(torch.float32).eps
+SMALL = ((1, 4), (0, 9), (1, 30), (1, 200), (0, 4), (0, 60))  # layers, rows, width, words, targets, best words
 
 
 def unembedding(seed, v, d, norm, *, bias=False, cap=None, dtype=torch.float32):
@@ -183,8 +186,8 @@ def test_how_words_are_cut_shows_in_rounding_only(monkeypatch):
     head, g = unembedding(0, 301, 17, "rms", bias=True), torch.Generator().manual_seed(1)
     x, targets = torch.randn(2, 29, 17, generator=g), torch.randint(0, 301, (29, 2), generator=g)
     whole = read(x, head, targets, top_k=40, final=x[0])
-    monkeypatch.setattr(logit_lens, "WORD_BLOCK", 48)
-    monkeypatch.setattr(logit_lens, "_PARTS", 2)
+    monkeypatch.setattr(lens_torch, "WORD_BLOCK", 48)
+    monkeypatch.setattr(lens_cpu, "_PARTS", 2)
     cut = read(x, head, targets, top_k=40, final=x[0])
     assert cut.rank.equal(whole.rank)
     assert cut.top_words.equal(whole.top_words)
@@ -223,7 +226,7 @@ def test_words_that_tie_share_the_better_rank_and_stand_in_order(monkeypatch):
     assert found.rank[0, :, 0].tolist() == [3, 1, 1, 4]
     assert found.top_words[0, 0].tolist() == [1, 2, 0, 3]
     # Words with the same vector, as tokens that no training text had, in one tile and in others.
-    monkeypatch.setattr(logit_lens, "WORD_BLOCK", 64)
+    monkeypatch.setattr(lens_torch, "WORD_BLOCK", 64)
     g = torch.Generator().manual_seed(3)
     weight = torch.randn(300, 40, generator=g)
     twins = torch.tensor([7, 8, 30, 100, 180, 299])
@@ -238,24 +241,13 @@ def test_words_that_tie_share_the_better_rank_and_stand_in_order(monkeypatch):
     assert found.top_words[:, :10, :6].equal(twins.expand(2, 10, 6))
 
 
-def test_what_waits_does_not_grow_with_the_vocabulary(monkeypatch):
-    monkeypatch.setattr(logit_lens, "WORD_BLOCK", 32)
-    waited = []
-    settle = logit_lens._Best.settle
-
-    def watched(best):
-        waited.append(best._waiting)
-        settle(best)
-
-    monkeypatch.setattr(logit_lens._Best, "settle", watched)
+def test_the_best_words_may_come_last_or_be_all_alike(monkeypatch):
+    monkeypatch.setattr(lens_torch, "WORD_BLOCK", 32)
     none, head = torch.zeros(16, 0, dtype=torch.int64), Unembedding(torch.arange(3000.0)[:, None])
     better = read(torch.full((1, 16, 1), 0.01), head, none, top_k=4).top_words
     assert better.equal(torch.arange(2999, 2995, -1).expand(1, 16, 4))
-    assert max(waited) <= (8 * 4 + 32) * 16
-    waited.clear()
     alike = read(torch.zeros(1, 16, 1), head, none, top_k=4).top_words
     assert alike.equal(torch.arange(4).expand(1, 16, 4))
-    assert sum(waited) == 32 * 16  # the first tile's; of words that tie no later one is better
 
 
 def test_all_words_alike():
@@ -266,15 +258,82 @@ def test_all_words_alike():
 
 
 def test_a_target_met_in_another_rounding_is_counted_against_its_own_tile(monkeypatch):
-    # Products of one word are summed in another order than tiles are: without a second walk half of the ranks are off.
-    monkeypatch.setattr(logit_lens, "STRIDE", 1)
+    # Summed in another order than tiles are: without a second walk half of the ranks are off.
+    def aim(walker, targets):
+        return torch.einsum("n d, q d -> n q", walker._h.flip(1), walker.shard.weight[targets[0]].flip(1))[None]
+
+    monkeypatch.setattr(lens_torch.TorchWalker, "aim", aim)
     g = torch.Generator().manual_seed(4)
     weight = torch.randn(200, 576, generator=g)
     weight[100:] = weight[:100]
     x, head = torch.randn(1, 40, 576, generator=g), Unembedding(weight)
     targets = torch.full((40, 1), 17)
     truth = read_reference(x, head, targets % 100)
+    walker = lens_torch.TorchWalker(x, head, 0)
+    tile = walker.layered(walker.logits(slice(0, 200), walker.room(200)))[..., 17:18]
+    assert not walker.aim(targets).equal(tile)  # or nothing is tested
     assert read(x, head, targets).rank.equal(truth.rank)
+
+
+@given(st.integers(0, 400))
+@settings(max_examples=25, deadline=None)
+def test_the_compiled_walk_is_the_plain_one(seed):
+    g = torch.Generator().manual_seed(seed)
+    layers, rows, width, words, q, k = (int(torch.randint(a, b, (), generator=g)) for a, b in SMALL)
+    head = unembedding(seed, words, width, "rms", bias=bool(seed % 2), cap=20.0 if seed % 3 else None)
+    x = torch.randn(layers, rows, width, generator=g)
+    targets, k = torch.randint(-1, words + 5, (rows, q), generator=g), min(k, words)
+    own, plain = lens_cpu.CpuWalker(x, head, 2), lens_torch.TorchWalker(x, head, 2)
+    aims = own.aim(targets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lens_torch, "WORD_BLOCK", 48)
+        patch.setattr(lens_cpu, "_PARTS", 2)
+        found, wanted = (each.walk(targets, aims, k, crossed=True) for each in (own, plain))
+    for name in ("top", "own", "above", "best"):
+        assert getattr(found, name).equal(getattr(wanted, name)), name
+    for name in ("total", "weighted", "crossed"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=4e-6, atol=4e-6)
+
+
+exponential = lens_cpu.exponential
+
+
+@numba.njit
+def each_exponential(u, out):
+    for i in range(len(u)):
+        out[i] = exponential(u[i])
+
+
+def test_the_exponential_is_as_good_as_float32_holds():
+    u = np.concatenate([-np.geomspace(1e-30, 87.0, 200_000), [0.0, -87.0]]).astype(np.float32)
+    found = np.empty_like(u)
+    each_exponential(u, found)
+    true = np.exp(u.astype(np.float64))
+    assert (np.abs(found - true) / np.spacing(true.astype(np.float32))).max() < 2
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 90])
+def test_the_heap_keeps_the_largest(k):
+    numbers = np.random.default_rng(k).permutation(1000).astype(np.int64)
+    heap = np.full(k, lens_parts.NO_KEY)
+    for number in numbers:
+        if number > heap[0]:
+            lens_cpu.sift(heap, number)
+    assert sorted(heap) == list(range(1000 - k, 1000))
+
+
+def test_threads_do_not_show_in_any_byte(monkeypatch):
+    g = torch.Generator().manual_seed(2)
+    head, x = unembedding(2, 401, 72, "rms"), torch.randn(3, 37, 72, generator=g)
+    targets = torch.randint(-1, 401, (37, 2), generator=g)
+    whole = read(x, head, targets, top_k=7, final=x[0])
+    monkeypatch.setattr(compiled, "WORTH_A_THREAD", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        assert same(whole, read(x, head, targets, top_k=7, final=x[0]))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_norms_are_pytorchs():
@@ -330,7 +389,7 @@ def test_keys_sort_by_value_then_against_the_word():
 
 def test_memory_does_not_hold_the_vocabulary(monkeypatch):
     monkeypatch.setattr(logit_lens, "ROW_BLOCK", 64)
-    monkeypatch.setattr(logit_lens, "WORD_BLOCK", 64)
+    monkeypatch.setattr(lens_torch, "WORD_BLOCK", 64)
     largest = 0
 
     class Watch(TorchDispatchMode):
