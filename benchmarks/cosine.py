@@ -202,7 +202,7 @@ def in_memory(n: int, name: str, dtype: torch.dtype, peers: Mapping[str, Peer]) 
 
 
 def mapped(n: int, folder: Path, peers: Mapping[str, Peer]) -> Operation:
-    """Return the raw cosines of files in the page cache, mapped anew each time: their pages count, as the floor's do."""
+    """Return raw cosines of files in the page cache, mapped anew each time: their pages count, as the floor's do."""
     sides = [residuals(n, seed, torch.bfloat16) for seed in (5, 6)]
     paths = [folder / name for name in ("left", "right")]
     for path, x in zip(paths, sides, strict=True):

@@ -88,7 +88,8 @@ class Gapprobe(Contestant):
     def __init__(self, case: Case) -> None:
         """Read one row, so that what is compiled once a machine is neither timed nor weighed."""
         super().__init__(case)
-        logit_lens.read(case.x[:1, :1], case.unembedding.shards(1000)[0], case.targets[:1] * 0, top_k=TOP)
+        few = case.unembedding.shards(len(case.unembedding.weight) // TOP)[0]
+        logit_lens.read(case.x[:1, :1], few, case.targets[:1] * 0, top_k=TOP)
 
     def read(self) -> Reading:
         """Read."""

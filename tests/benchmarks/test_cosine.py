@@ -18,6 +18,7 @@ def results(tmp_path_factory):
 def test_every_contestant_runs_every_operation_in_every_round(results):
     memory = {f"cosine-{kind}-{name}" for kind in ("raw", "all") for name in cosine.DTYPES}
     took_part = {(operation, name) for operation in memory for name in (FLOOR, OURS, *cosine.PEERS)}
+    took_part |= {(cosine.MAPPED, name) for name in (FLOOR, OURS, *cosine.PEERS)}
     took_part |= {(f"cosine-store-bfloat16-{cosine.LAYERS}", name) for name in (FLOOR, OURS, "torch")}
     assert {(row["operation"], row["contestant"]) for row in results["rows"]} == took_part
     for row in results["rows"]:
