@@ -49,7 +49,7 @@ BOUND = 1e-5  # a contestant may differ from float64 by this much
 WIDTH, LAYERS = 4096, 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCK = 1024  # rows at once, for those who do not take the whole matrix
-_DISTRIBUTIONS = ("gapprobe", "torch", "numpy", "scikit-learn")
+_DISTRIBUTIONS = ("gapprobe", "numba", "torch", "numpy", "scikit-learn")
 
 MAPPED = "cosine-mapped-bfloat16"
 

@@ -63,7 +63,7 @@ class Contestant(ABC):
 
     name: ClassVar[str]
     label: ClassVar[str]
-    distributions: ClassVar[tuple[str, ...]] = ("torch", "gapprobe")
+    distributions: ClassVar[tuple[str, ...]] = ("torch", "numba", "gapprobe")
 
     def __init__(self, case: Case) -> None:
         """Prepare, outside the clock."""

@@ -3,7 +3,8 @@
 A loop over the numbers of a row becomes vector instructions where the compiler may add up in an order of its own
 (`sweep`). Which order depends on the CPU, as it does in a BLAS, and on nothing else: equal bytes in, equal bytes out.
 NaN and infinities stay what they are. Functions whose every rounding counts are `exact`; called from a sweep, they keep
-it. The machine code is kept beside the sources, or in the user's cache where these cannot be written to.
+it. The machine code is kept beside the sources, or in the user's cache where these cannot be written to. It is made anew
+when a function's own file changes: after a change to this one, `touch` the files that import it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def flat(x: Shaped[Tensor, "n d"]) -> tuple[np.ndarray, int]:
     16-bit floats become integers, which tell `wide` which they are; what is neither 16 bits nor float32 is narrowed.
     """
     n, d = x.shape
+    x = x.detach()
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         x = x.float()
     if d > 1 and x.stride(1) != 1:
