@@ -3,8 +3,8 @@
 A loop over the numbers of a row becomes vector instructions where the compiler may add up in an order of its own
 (`sweep`). Which order depends on the CPU, as it does in a BLAS, and on nothing else: equal bytes in, equal bytes out.
 NaN and infinities stay what they are. Functions whose every rounding counts are `exact`; called from a sweep, they keep
-it. The machine code is kept beside the sources, or in the user's cache where these cannot be written to. It is made anew
-when a function's own file changes: after a change to this one, `touch` the files that import it.
+it. Machine code is kept beside the sources, or in the user's cache where these cannot be written to, and made anew when
+a function's own file changes: after a change to this one, `touch` the files that import it.
 """
 
 from __future__ import annotations
