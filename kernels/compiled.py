@@ -63,7 +63,7 @@ def flat(x: Shaped[Tensor, "n d"]) -> tuple[np.ndarray, int]:
 
 @intrinsic
 @no_type_check
-def wide(context, number):  # noqa: ANN001, ANN201, ARG001 (numba's own contract)
+def wide(_context, number):
     """Return a number of `flat` as float32: uint16 is bfloat16, int16 is float16."""
     as_float = ir.FloatType()
     make = {
@@ -76,22 +76,22 @@ def wide(context, number):  # noqa: ANN001, ANN201, ARG001 (numba's own contract
 
 @intrinsic
 @no_type_check
-def bits(context, number):  # noqa: ANN001, ANN201, ARG001
+def bits(_context, _number):
     """Return the bits of a float32 as int32."""
     return types.int32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
 
 
 @intrinsic
 @no_type_check
-def from_bits(context, number):  # noqa: ANN001, ANN201, ARG001
+def from_bits(_context, _number):
     """Return the float32 that has these bits."""
     return types.float32(types.int32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
 
 
 @intrinsic
 @no_type_check
-def larger(context, a, b):  # noqa: ANN001, ANN201, ARG001
-    """Return a where it is larger than b, else b, also where either is NaN: one instruction, and no branch."""
+def larger(_context, _a, _b):
+    """Return the larger of two, the second also where either is NaN: one instruction, and no branch."""
     signature = types.float32(types.float32, types.float32)
     return signature, lambda _, builder, __, args: builder.select(builder.fcmp_ordered(">", *args), *args)
 

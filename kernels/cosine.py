@@ -148,17 +148,12 @@ def sums_on_cpu(
     from gapprobe.kernels import compiled, cosine_cpu  # a third of a second to import
 
     n, d = left.shape
-    variants = 1 + (mean is not None) + (std is not None)
+    shift = None if mean is None else torch.stack(parts(mean)).numpy()
+    scale = None if std is None else inverse(std).float().numpy()
+    out = np.empty((1 + (mean is not None) + (std is not None), 3, n))
     sides = (*compiled.flat(left), *compiled.flat(right))
-    out = np.zeros((variants if variants == 1 else 3, 3, n))
-    if mean is None:
-        compiled.by_rows(lambda a, b: cosine_cpu.raw(*sides, d, a, b, out[0]), n, d)
-    else:
-        # Without deviations the third kind costs nothing that the first two do not: memory is what is waited for.
-        scale = torch.ones(d) if std is None else inverse(std).float()
-        shifts = (*(part.numpy() for part in parts(mean)), scale.numpy())
-        compiled.by_rows(lambda a, b: cosine_cpu.shifted(*sides, *shifts, a, b, out), n, d)
-    return torch.from_numpy(out[:variants])
+    compiled.by_rows(lambda a, b: cosine_cpu.sums(*sides, d, shift, scale, a, b, out), n, d)
+    return torch.from_numpy(out)
 
 
 def parts(mean: Float[Tensor, " d"]) -> list[Float32[Tensor, " d"]]:

@@ -17,9 +17,10 @@ from torch import Tensor
 from gapprobe.kernels import lens_torch
 from gapprobe.kernels.compiled import bits, by_rows, exact, from_bits, larger, sweep
 from gapprobe.kernels.lens_parts import NO_KEY, Part, merge
-from gapprobe.kernels.lens_torch import TorchWalker, filled
+from gapprobe.kernels.lens_torch import LEAST, TorchWalker, filled
 
-STRIDE = 16  # as `peaks_of` writes out, and a divisor of the width of every tile
+STRIDE = 16  # as `peaks_of` writes out
+assert LEAST % STRIDE == 0  # what tiles are filled up to
 _PARTS = 32  # tiles whose sums wait to be made one
 _LOG2_E = np.float32(1.4426950408889634)
 # log 2 in two: the first has so few digits that a small whole number times it is exact.
@@ -58,7 +59,7 @@ class CpuWalker(TorchWalker):
 
 @sweep
 @no_type_check
-def look(z, count, start, first, crossed, targets, aims, own, above, best, sums, begin, end):  # noqa: ANN001, ANN201
+def look(z, count, start, first, crossed, targets, aims, own, above, best, sums, begin, end):
     """Take in a tile of logits for rows `begin` to `end` at all layers; `sums` are top, total, weighted, crossed."""
     layers, n, q = aims.shape
     peaks = np.empty(z.shape[1] // STRIDE, np.float32)
@@ -95,7 +96,7 @@ def look(z, count, start, first, crossed, targets, aims, own, above, best, sums,
 
 @exact
 @no_type_check
-def exponential(u):  # noqa: ANN001, ANN201
+def exponential(u):
     """Return e^u for u from `_FAINTEST` to 0, less than two units in the last place off."""
     shifted = u * _LOG2_E + _WHOLE
     whole = shifted - _WHOLE
@@ -106,14 +107,14 @@ def exponential(u):  # noqa: ANN001, ANN201
 
 @exact
 @no_type_check
-def largest(a, b, c, d, e, f, g, h):  # noqa: ANN001, ANN201
+def largest(a, b, c, d, e, f, g, h):
     """Return the largest of eight."""
     return larger(larger(larger(a, b), larger(c, d)), larger(larger(e, f), larger(g, h)))
 
 
 @exact
 @no_type_check
-def peaks_of(row, peaks):  # noqa: ANN001, ANN201
+def peaks_of(row, peaks):
     """Write the peaks of a row and return the largest. Written out, as a loop would store under a mask."""
     k = len(peaks)
     a, b, c, d = row[:k], row[k : 2 * k], row[2 * k : 3 * k], row[3 * k : 4 * k]
@@ -131,7 +132,7 @@ def peaks_of(row, peaks):  # noqa: ANN001, ANN201
 
 @exact
 @no_type_check
-def keep_best(row, top, peaks, count, first, heap):  # noqa: ANN001, ANN201
+def keep_best(row, top, peaks, count, first, heap):
     """Put the keys of a row's words that belong there into a heap, whose least key is its first."""
     k, bar = len(peaks), bar_of(heap)
     if top < bar:
@@ -150,7 +151,7 @@ def keep_best(row, top, peaks, count, first, heap):  # noqa: ANN001, ANN201
 
 @exact
 @no_type_check
-def bar_of(heap):  # noqa: ANN001, ANN201
+def bar_of(heap):
     """Return the logit that a word needs to be among the best."""
     if heap[0] == NO_KEY:
         return np.float32(-np.inf)
@@ -160,7 +161,7 @@ def bar_of(heap):  # noqa: ANN001, ANN201
 
 @exact
 @no_type_check
-def sift(heap, key):  # noqa: ANN001, ANN201
+def sift(heap, key):
     """Put a key in place of the least."""
     at, size = 0, len(heap)
     while True:

@@ -45,6 +45,7 @@ class TorchWalker:
         found: Part | None = None
         for start in range(0, v, WORD_BLOCK):
             count = min(WORD_BLOCK, v - start)
+            local = (targets - self.first - start).expand(self.layers, -1, -1)
             words = torch.arange(self.first + start, self.first + start + count, device=self.device)
             z = self.layered(self.logits(slice(start, start + count), self.room(count)))[..., :count]
             top = z.amax(2)
@@ -52,8 +53,10 @@ class TorchWalker:
             weight = u.exp()
             total, weighted = (each.sum(2).double() for each in (weight, weight * u))
             across = (weight[:1] * u).sum(2).double() if crossed else torch.zeros_like(total)
-            own = torch.where(targets[..., None] == words, z[:, :, None], -torch.inf).amax(3)
-            above = (z[:, :, None] > aims[..., None]).sum(3)
+            own = z.gather(2, local.clamp(0, count - 1)).where((local >= 0) & (local < count), -torch.inf)
+            above = torch.zeros_like(aims, dtype=torch.int64)
+            for j in range(aims.shape[2]):  # one at a time: all of them would be as many tiles
+                above[..., j] = (z > aims[..., j, None]).sum(2)
             part = Part(top.double(), total, weighted, across, own, above, best[..., :0])
             found = part if found is None else merge([found, part])
             best = torch.cat([best, keys(z, words.expand_as(z))], 2).topk(top_k, dim=2).values

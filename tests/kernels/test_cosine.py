@@ -2,6 +2,7 @@
 
 import inspect
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -173,6 +174,14 @@ def test_pieces_and_strides_do_not_show(monkeypatch, dtype):
             assert mine.equal(theirs)
     first = cosine.paired(left[:1].expand(50, -1), right, mean, std)
     assert first.raw.equal(cosine.paired(left[:1].repeat(50, 1), right, mean, std).raw)
+
+
+def test_where_nothing_can_be_kept_a_loop_is_compiled_all_the_same():
+    made = {}
+    exec("def twice(x): return 2 * x", made)  # of no file: numba has nowhere to keep it
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(made["twice"])
+    assert compiled.exact(made["twice"])(21) == 42
 
 
 @pytest.mark.parametrize("other", [torch.float64, *DTYPES])
