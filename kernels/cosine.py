@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from einops import einsum
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 
 from gapprobe.kernels.products import on_gpu
@@ -92,22 +92,8 @@ def paired(
             raise ValueError(f"{name} is {given.shape[0]} wide, the rows are {left.shape[1]} wide")
     if std is not None and mean is None:
         raise ValueError("std is about a mean: give both")
-    if on_gpu(left):
-        from gapprobe.kernels import cosine_triton  # not everywhere installed, and a third of a second to import
-
-        sums = cosine_triton.sums(left, right, mean, std)
-    else:
-        sums = sums_on_cpu(left, right, mean, std)
-    squares = sums[:, 1:]
-    # What float32 does not hold is taken again in float64; where centring leaves nothing there is nothing to take.
-    odd = (~squares.isfinite() | (squares < FAINT)).any(1)
-    found = sums[:, 0] / squares.prod(1).sqrt()
-    for i, setting in enumerate(((None, None), (mean, None), (mean, std))[: len(sums)]):
-        kept = (squares[min(i, 1)] > ROUNDING**2 * squares[0]).all(0)
-        found[i][~kept] = torch.nan
-        for rows in torch.nonzero(odd[0] | (odd[i] & kept))[:, 0].split(max(1, PIECE // max(1, left.shape[1]))):
-            found[i][rows] = reference(left[rows], right[rows], *setting)
-    return Cosines(*found)
+    sums = _measured(left, right, mean, std)
+    return Cosines(*(sums[:, 0] / sums[:, 1:].prod(1).sqrt()))
 
 
 def apart(
@@ -115,27 +101,70 @@ def apart(
     right: Float[Tensor, "n d"],
     mean: Float[Tensor, " d"] | None = None,
     std: Float[Tensor, " d"] | None = None,
-) -> float:
+) -> Float64[Tensor, " v"]:
     """Return the mean cosine of `left[i]` with `right[j]` over all i != j: what a cosine is without being a pair.
 
     In time linear in n: with unit rows u and v, the sum over all i and j of u_i.v_j is (sum u).(sum v). Of one set with
     itself it is the mean pairwise cosine, the anisotropy of Ethayarajh 2019 (arXiv 1909.00512). Rows
-    without a direction are left out; NaN where no two are left.
+    without a direction are left out; NaN where no two are left. Arguments and variants are those of `paired`.
     """
-    sums = left.new_zeros(2, left.shape[1], dtype=torch.float64)
-    kept = left.new_zeros(3, dtype=torch.float64)  # of left, of right, of both
-    # Small enough for memory that is used again and again.
-    matched, step = 0.0, max(1, PIECE // 8 // max(1, left.shape[1]))
-    for both in zip(left.split(step), right.split(step), strict=True):
-        u, v = (units(x, mean, std) for x in both)
-        there = torch.stack([~u.sum(1).isnan(), ~v.sum(1).isnan()])
-        for x, own in zip((u, v), there, strict=True):
-            x[~own] = 0.0
-        sums += torch.stack([u.sum(0), v.sum(0)])
-        matched += float(torch.linalg.vecdot(u, v).sum())
-        kept += torch.stack([*there.sum(1), there.all(0).sum()])
-    pairs = float(kept[0] * kept[1] - kept[2])
-    return (float(sums[0] @ sums[1]) - matched) / pairs if pairs else float("nan")
+    sums = _measured(left, right, mean, std)
+    weights = sums[:, 1:].rsqrt()  # that make a row a unit row
+    there = ~weights.isnan()
+    matched = (sums[:, 0] * weights.prod(1)).nansum(1)
+    weights = weights.nan_to_num(0.0)
+    units = weights.new_zeros(*weights.shape[:2], left.shape[1])  # their sum, by variant and side
+    for i, side in enumerate((left, right)):
+        for rows in torch.arange(len(side)).split(_step(side)):
+            numbers = side[rows].double()
+            numbers[~there[0, i, rows]] = 0.0
+            units[:, i] += weights[:, i, rows] @ numbers
+    if mean is not None:
+        units[1:] -= weights[1:].sum(2, keepdim=True) * mean.double()
+    if std is not None:
+        units[2:] *= inverse(std)
+    count = there.double().sum(2).prod(1) - there.all(1).sum(1)
+    return (units.prod(1).sum(1) - matched) / torch.where(count > 0, count, torch.nan)
+
+
+def _measured(
+    left: Float[Tensor, "n d"],
+    right: Float[Tensor, "n d"],
+    mean: Float[Tensor, " d"] | None,
+    std: Float[Tensor, " d"] | None,
+) -> Float64[Tensor, "v 3 n"]:
+    """Return a.b, a.a and b.b of every pair in every variant; a square is NaN where its row has no direction."""
+    if on_gpu(left):
+        from gapprobe.kernels import cosine_triton  # not everywhere installed, and a third of a second to import
+
+        sums = cosine_triton.sums(left, right, mean, std)
+    else:
+        sums = sums_on_cpu(left, right, mean, std)
+    # What float32 does not hold is taken again in float64; where centring leaves nothing there is nothing to take.
+    squares = sums[:, 1:]
+    doubtful = ~squares.isfinite() | (squares < FAINT)
+    odd = (doubtful[0] | doubtful & _directed(squares)).flatten(0, 1).any(0)
+    for rows in torch.nonzero(odd)[:, 0].split(_step(left)):
+        if len(rows):
+            a, b = left[rows].double(), right[rows].double()
+            for i in range(len(sums)):
+                if i == 1 and mean is not None:
+                    a, b = a - mean, b - mean
+                if i == 2 and std is not None:
+                    a, b = a * inverse(std), b * inverse(std)
+                sums[i, :, rows] = torch.stack([(x * y).sum(1) for x, y in ((a, b), (a, a), (b, b))])
+    squares.masked_fill_(~_directed(squares), torch.nan)
+    return sums
+
+
+def _directed(squares: Float64[Tensor, "v 2 n"]) -> Bool[Tensor, "v 2 n"]:
+    """Say which rows have a direction: of what centring leaves, it must be more than rounding."""
+    bound = ROUNDING**2 * squares[0]
+    return torch.stack([squares[min(i, 1)] > bound for i in range(len(squares))])
+
+
+def _step(rows: Float[Tensor, "n d"]) -> int:
+    return max(1, PIECE // max(1, rows.shape[1]))
 
 
 def sums_on_cpu(

@@ -10,9 +10,10 @@ import torch
 import xxhash
 
 from gapprobe.errors import StoreError
+from gapprobe.kernels.moments import alike
 from gapprobe.store.format import ShardRecord, shard_name
 from gapprobe.store.manifest import read_manifest
-from gapprobe.store.moments import by_position, combine, moments
+from gapprobe.store.moments import Moments, by_position, combine, moments
 from gapprobe.store.reader import open_store
 from tests.store.rows import make_row, reheaded, some_rows, write
 
@@ -36,6 +37,19 @@ CASES = {
     "a few tokens": normal(3),
     "two tokens": normal(2) + 100,
 }
+
+
+def while_written(x):
+    """Those of all tokens, as a writer takes them of some."""
+    return moments(x, np.arange(len(x)))
+
+
+def when_asked_for(x):
+    """Those of all tokens, as a reader takes them."""
+    return Moments(len(x), *alike(x))
+
+
+both_ways = pytest.mark.parametrize("taken", [while_written, when_asked_for])
 
 
 def exact(x):
@@ -85,20 +99,31 @@ def test_each_position_errs_no_more_than_two_passes_in_float32_may(name):
                 assert not std[g].any()
 
 
-def test_one_token_is_its_own_mean_and_dimensions_that_never_change_deviate_by_nothing():
+@pytest.mark.parametrize("name", CASES)
+def test_all_tokens_err_no_more_than_two_passes_in_float32_may(name):
+    x = CASES[name]
+    for tokens in (x, x[::3], x[1:].flip(1), x[:67], x[:66], x[:1]):
+        found = when_asked_for(tokens)
+        check(tokens, found.mean, found.std)
+
+
+@both_ways
+def test_one_token_is_its_own_mean_and_dimensions_that_never_change_deviate_by_nothing(taken):
     one = normal(1)
-    found = moments(one)
+    found = taken(one)
     assert found.mean.equal(one[0].double())
     assert not found.variance.any()
     still = normal()
     still[:, 3] = 3.14159
-    found = moments(still)
+    found = taken(still)
     assert found.mean[3] == still[0, 3].double()
     assert (found.variance == 0).tolist() == [i == 3 for i in range(D)]
 
 
-def test_no_token_has_no_mean():
-    for found in (moments(torch.empty(0, D)), combine([], D), combine([moments(torch.empty(0, D))], D)):
+@both_ways
+def test_no_token_has_no_mean(taken):
+    none = taken(torch.empty(0, D))
+    for found in (none, combine([], D), combine([none], D)):
         assert found.count == 0
         assert found.mean.shape == found.std.shape == (D,)
         assert found.mean.isnan().all()
@@ -117,24 +142,29 @@ def test_what_is_not_finite_or_overflows_shows_in_its_dimension_and_groups_alone
     bad[0, 0, 5] = True
     assert (~std.isfinite()).equal(bad)
     assert not (~mean.isfinite() & ~bad).any()
+    found = when_asked_for(x[0])
+    assert (~found.std.isfinite()).equal(bad[0, 0])
+    assert not (~found.mean.isfinite() & ~bad[0, 0]).any()
 
 
-def test_groups_put_together_are_as_good_as_the_whole():
+@both_ways
+def test_groups_put_together_are_as_good_as_the_whole(taken):
     for x in CASES.values():
-        whole = moments(x)
+        whole = taken(x)
         for sizes in ([1, len(x) - 1], [len(x) - 1, 0, 1], [len(x) // 3 + 1] * 3):
-            parts = [moments(part) for part in x.split(sizes if sum(sizes) == len(x) else len(x) // 3 + 1)]
+            parts = [taken(part) for part in x.split(sizes if sum(sizes) == len(x) else len(x) // 3 + 1)]
             for group in (parts, parts[::-1]):
                 together = combine(group, x.shape[1])
                 assert together.count == whole.count
                 check(x, together.mean.float(), together.std.float())
 
 
-def test_the_mean_square_norm_is_that_of_the_vectors():
+@both_ways
+def test_the_mean_square_norm_is_that_of_the_vectors(taken):
     x = normal() + 2
     wanted = np.square(x.double().numpy()).sum(1).mean()
-    assert moments(x).mean_square_norm == pytest.approx(wanted, rel=1e-7)
-    assert moments(x).std.equal(moments(x).variance.sqrt())
+    assert taken(x).mean_square_norm == pytest.approx(wanted, rel=1e-7)
+    assert taken(x).std.equal(taken(x).variance.sqrt())
 
 
 def tokens_of(rows, header, layer, position=None):

@@ -223,8 +223,7 @@ def _layer(sides: _Sides, layer: int, position: str) -> tuple[Float[np.ndarray, 
             row[block] = getattr(cosines, variant).numpy()
     # At random: every second row of a table may well be one half of its design.
     some = np.sort(np.random.default_rng(0).permutation(n)[:APART])
-    settings = ((None, None), (centre.mean, None), (centre.mean, centre.std))
-    return out, np.array([apart(left.rows(some), right.rows(some), *setting) for setting in settings])
+    return out, apart(left.rows(some), right.rows(some), centre.mean, centre.std).numpy()
 
 
 def _mark(sides: _Sides) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from gapprobe.store.moments import Moments, moments, take
+from gapprobe.kernels.moments import alike
+from gapprobe.store.moments import Moments, take
 from gapprobe.store.reader import MappedRows
 
 BLOCK = 1 << 21  # numbers that are gathered at once
@@ -26,12 +27,14 @@ class Side:
         self._room = parts[0].lines.new_empty(0, parts[0].lines.shape[1])
 
     def rows(self, which: slice | Int64[np.ndarray, " n"]) -> Float[Tensor, "n d"]:
-        """Return some rows: as they lie in the map if they lie together, else in memory that the next call takes."""
+        """Return some rows: as they lie in the map if they lie evenly, else in memory that the next call takes."""
         part, line = self._part[which], self._line[which]
         lines = self._parts[part[0]].lines
         if (part == part[0]).all():
-            if (np.diff(line) == 1).all():
-                return lines[line[0] : line[-1] + 1]
+            # Every so many lines, as where the settings of a trial lie side by side.
+            step = int(line[1] - line[0]) if len(line) > 1 else 1
+            if step > 0 and (np.diff(line) == step).all():
+                return lines[line[0] : line[-1] + 1 : step]
             return take(lines, line, self._taken(len(line)))
         room = self._taken(len(line))[: len(line)]
         for i in np.unique(part).tolist():
@@ -47,10 +50,11 @@ class Side:
         step = max(1, BLOCK // self._room.shape[1])
         for start in range(0, len(self._part), step):
             x = self.rows(slice(start, start + step))
-            found = moments(x)
-            if not bool(found.variance.isfinite().all()):
-                found = moments(x, np.flatnonzero(x.isfinite().all(1).numpy()))
-            yield found
+            mean, variance = alike(x)
+            if not bool(variance.isfinite().all()):
+                x = x[x.isfinite().all(1)]
+                mean, variance = alike(x)
+            yield Moments(len(x), mean, variance)
 
     def _taken(self, count: int) -> Float[Tensor, "m d"]:
         if len(self._room) < count:

@@ -1,7 +1,7 @@
 """Count, mean and standard deviation of residuals by layer and position, taken while a shard is written.
 
 A shard keeps them for each marked position, so that standardising needs no pass over the data. Of all tokens they are
-taken when asked for: while writing, that would cost more than the disk does.
+taken when asked for (`kernels.moments.alike`): while writing, that would cost more than the disk does.
 """
 
 from __future__ import annotations
@@ -55,14 +55,13 @@ def combine(parts: Iterable[Moments], width: int) -> Moments:
     return Moments(count, mean, squares / count)
 
 
-def moments(x: Float[Tensor, "t d"], tokens: NDArray[np.int64] | None = None) -> Moments:
-    """Return the moments of some tokens, or of all, in one pass.
+def moments(x: Float[Tensor, "t d"], tokens: NDArray[np.int64]) -> Moments:
+    """Return the moments of some tokens, in one pass.
 
     Sums are taken of distances to a rough mean: a dimension with a large mean would lose its variance otherwise. Within
     a piece they are float32, over pieces float64.
     """
-    count = len(x) if tokens is None else len(tokens)
-    width = x.shape[1]
+    count, width = len(tokens), x.shape[1]
     if not count:
         return combine([], width)
     lines, groups = max(1, _PIECE // width), max(1, _PIECE // (2 * width))
@@ -70,7 +69,7 @@ def moments(x: Float[Tensor, "t d"], tokens: NDArray[np.int64] | None = None) ->
     chosen, apart = torch.empty(lines, width, dtype=x.dtype), torch.empty(lines, width)
 
     def some(here: slice) -> Float[Tensor, "n d"]:
-        return x[here] if tokens is None else take(x, tokens[here], chosen)
+        return take(x, tokens[here], chosen)
 
     rough = some(slice(None, None, -(-count // lines))).float().mean(0)
     sums, total = torch.empty(groups, 2, width), torch.zeros(2, width, dtype=torch.float64)

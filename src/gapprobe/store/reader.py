@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gapprobe.errors import StoreError
 from gapprobe.files import told_bytes
+from gapprobe.kernels.moments import alike
 from gapprobe.store.care.verify import Problem, verify_store
 from gapprobe.store.format import (
     STORE_FILE,
@@ -314,8 +315,10 @@ class Store:
             if not 0 <= count <= shard.tokens:
                 raise StoreError(f"{shard.path} is damaged: its moments are those of {count} tokens")
             return Moments(count, mean, std.square())
-        marked = None if position is None else np.flatnonzero(shard.marks >> position & 1)
-        return moments(shard.tensor(layer_name(self.header.layers[layer])), marked)
+        x = shard.tensor(layer_name(self.header.layers[layer]))
+        if position is None:
+            return Moments(len(x), *alike(x))
+        return moments(x, np.flatnonzero(shard.marks >> position & 1))
 
     def info(self) -> StoreInfo:
         """Return what the store holds."""
