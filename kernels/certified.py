@@ -96,6 +96,12 @@ def reach(
     return coef, intercept, objective, gap, taken
 
 
+def kin(y: Tensor, c: Float64[Tensor, " p"]) -> Int64[Tensor, " p"]:
+    """Number the problems by target [p n] and strength: those of one number differ in the rows they use."""
+    pairs = torch.stack([torch.unique(each, dim=0, return_inverse=True)[1] for each in (y, c)])
+    return torch.unique(pairs, dim=1, return_inverse=True)[1]
+
+
 def check_gaps(gap: Float64[Tensor, " p"], strengths: Float64[Tensor, " p"], tolerance: float) -> None:
     """Refuse fits that are further off than was asked for.
 

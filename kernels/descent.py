@@ -13,10 +13,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gapprobe.kernels.losses import Loss, Point
-from gapprobe.kernels.preconditioner import LARGE, Own, Shared, Spaces
+from gapprobe.kernels.preconditioner import LARGE, Own, Shared, Spaces, Together
 from gapprobe.kernels.standardised import Standardised
 
 MEMORY = 5  # pairs of step and change of gradient; 10 saves 3 % of the steps and costs more than that
+EARLY = 6  # steps after which the Hessian of problems of one kin is taken, where that pays
+SAVED = 40  # steps that it saves a problem, about
 # Steps after which a problem's own Hessian is taken, if it still runs: in the small subspace, later in the large one.
 OWN = (15, 40, 80, 140)
 OWN_LARGE = (200, 240, 290, 350, 420)
@@ -136,7 +138,7 @@ def descend(
     gradient = gradient_at(point, weights)
     preconditioner = Shared.of(spaces.small.to(weights.dtype), loss.curvature(point).flatten(0, 1))
     history = History(weights)
-    gain = torch.ones_like(weights[:, 0])
+    together, gain = False, torch.ones_like(weights[:, 0])
     best, lowest = torch.full_like(gain, torch.inf), torch.full_like(gain, torch.inf)
     since = torch.zeros_like(gain, dtype=torch.int64)
     stuck = torch.zeros_like(gain, dtype=torch.bool)
@@ -156,11 +158,17 @@ def descend(
             history.keep(on)
         if not len(rows):
             break
-        if step in OWN or step in OWN_LARGE:
+        renewed: Together | Own | None = None
+        if (step == EARLY or together and step in OWN[1:]) and c == 1 and weights.dtype == torch.float32:
+            saved = max(SAVED, 2 * step)  # who has taken many steps has many before it
+            renewed = Together.of(view, loss.curvature(point)[:, 0], spaces.kin[problems[rows]], saved)
+            together = renewed is not None
+        if renewed is None and (step in OWN_LARGE or (step in OWN and not together)):
             few = len(weights) * c * LARGE**2 <= ROOM
             space = spaces.large if step in OWN_LARGE and few else spaces.small
-            preconditioner = Own.of(space.to(weights.dtype), view, loss.curvature(point).flatten(0, 1))
-            history, gain = History(weights), torch.ones_like(gain)
+            renewed = Own.of(space.to(weights.dtype), view, loss.curvature(point).flatten(0, 1))
+        if renewed is not None:
+            preconditioner, history, gain = renewed, History(weights), torch.ones_like(gain)
         passed, first = history.before(gradient)
         direction = -history.after(precondition(passed) * gain[:, None], first)
         slope = torch.linalg.vecdot(gradient, direction)
@@ -173,7 +181,7 @@ def descend(
         before, gradient = gradient, gradient_at(point, weights)
         change = gradient - before
         history.add(walked, change)
-        if isinstance(preconditioner, Shared):  # a Hessian of one's own has the right scale
+        if isinstance(preconditioner, Shared):  # a Hessian has the right scale
             gain = torch.linalg.vecdot(walked, change) / torch.linalg.vecdot(change, precondition(change))
             gain = gain.where((gain > 0) & gain.isfinite(), 1.0)
     return done_weights, done_steps

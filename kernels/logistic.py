@@ -13,7 +13,7 @@ from einops import einsum, reduce
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
-from gapprobe.kernels.certified import MARGIN, check, check_gaps, reach, solved
+from gapprobe.kernels.certified import MARGIN, check, check_gaps, kin, reach, solved
 from gapprobe.kernels.certified import NotConvergedError as NotConvergedError
 from gapprobe.kernels.descent import descend
 from gapprobe.kernels.losses import Binary, Multinomial, Point
@@ -141,7 +141,7 @@ def fit(
     features = Standardised(x, weights > 0)
     scaled = weights.double() * strengths[:, None]
     side_by_side = max(1, ROOM // (classes * (8 * n + 16 * d)))
-    spaces = Spaces(features, min(p, side_by_side) * classes)
+    spaces = Spaces(features, min(p, side_by_side) * classes, kin(y, strengths))
 
     def loss(dtype: torch.dtype, some: Tensor) -> Binary | Multinomial:
         if classes == 1:

@@ -3,6 +3,7 @@
 Outside the subspace a Hessian is taken to be a multiple of 1. Inside it is either curvature * correlations + 1, the
 same for all problems but for one number (`Shared`), or the problem's own, with its own curvature at every row (`Own`):
 real activations are nearly separable, curvature then differs a thousandfold between rows, and only the latter helps.
+Where rows are many, problems that differ in little but the fold left out share one of all dimensions (`Together`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from gapprobe.kernels.standardised import Standardised, View
@@ -21,6 +22,10 @@ RANK = 192  # largest subspace
 LARGE = 640  # largest for problems that it does not do for: few are left then
 SAMPLE = 4096  # rows from which Hessians are taken
 NEGLIGIBLE = 0.3  # a row adds at most this to a curvature that the penalty makes at least 1: left out
+FEWEST = 4  # rows a feature from which on kin share a Hessian: with fewer their optima are too far apart
+MOST = 12  # rows a feature that are taken for it; more save less than they cost
+ALIKE = 0.97  # cosine of the curvatures of two kins that share one Hessian but for a factor
+TOGETHER = 1 << 25  # numbers in the Hessians of all kins
 SPAN = 1e5  # largest ratio of eigenvalues inside and outside: float32 cannot take a projection off better than that
 
 
@@ -66,14 +71,18 @@ class Subspace:
 
 
 class Spaces:
-    """A subspace of X, and a larger one for problems that it does not do for; drawn when asked for, in float32."""
+    """A subspace of X, and a larger one for problems that it does not do for; drawn when asked for, in float32.
 
-    def __init__(self, features: Standardised, problems: int) -> None:
+    Attributes:
+        kin: number of each problem's kin, those that differ from it only in the rows they use.
+    """
+
+    def __init__(self, features: Standardised, problems: int, kin: Int64[Tensor, " p"]) -> None:
         """Take the features, and how many problems share them; classes count.
 
         A larger subspace saves steps, which are worth more the more a step costs.
         """
-        self._features, self._problems = features, problems
+        self._features, self._problems, self.kin = features, problems, kin
 
     @cached_property
     def small(self) -> Subspace:
@@ -135,26 +144,10 @@ class Own:
     def of(cls, space: Subspace, view: View, curvature: Float[Tensor, "q n"]) -> Own:
         """Form each problem's Hessian in the subspace from the rows whose curvature counts, and invert it."""
         q, f = len(curvature), space.seen.shape[1]
-        sampled = curvature[:, :: space.stride] * space.stride
         inverse = curvature.new_empty(q, f, f)
-        half = f // 2
-        for own, weights in zip(inverse, sampled, strict=True):
-            rows = torch.nonzero(weights > NEGLIGIBLE / view.mean.shape[-1])[:, 0]
-            seen = space.seen[rows].mul_(weights[rows].sqrt()[:, None])
-            left, right = seen[:, :half], seen[:, half:]  # the lower triangle alone: three products of four
-            torch.mm(left.T, left, out=own[:half, :half])
-            torch.mm(right.T, left, out=own[half:, :half])
-            torch.mm(right.T, right, out=own[half:, half:])
-        diagonal = inverse.diagonal(dim1=1, dim2=2)
-        diagonal[:, :-1] += 1.0
-        largest = diagonal.amax(1, keepdim=True)
-        diagonal += 1e-6 * largest
-        # Scaled to a diagonal of ones: massive dimensions must not eat the digits of the others.
-        scale = diagonal.rsqrt()
-        inverse.mul_(scale[:, :, None]).mul_(scale[:, None])
-        factor, _ = torch.linalg.cholesky_ex(inverse)
-        torch.cholesky_inverse(factor, out=inverse)
-        inverse.mul_(scale[:, :, None]).mul_(scale[:, None])
+        for own, weights in zip(inverse, curvature[:, :: space.stride] * space.stride, strict=True):
+            _hessian(space.seen, weights, own)
+        largest = _invert(inverse)
         outside = torch.maximum(curvature.sum(1, keepdim=True) * space.tail + 1.0, largest / SPAN)
         classes = q // len(view.mean)
         mean, scaling = (part[:, 0].repeat_interleave(classes, 0) for part in (view.mean, view.scaling))
@@ -177,3 +170,99 @@ class Own:
         """Return the part of some problems."""
         parts = (part[some] for part in (self.inverse, self.outside, self.mean, self.scaling))
         return Own(self.space, *parts)
+
+
+@dataclass(frozen=True)
+class Together:
+    """H^-1 in all dimensions, H the mean Hessian of a kin: the folds of one target and one strength.
+
+    With many rows a feature their optima are near each other, and so is the curvature at every row. Held in the
+    coordinates of `Own`.
+    """
+
+    inverse: Float[Tensor, "k e e"]
+    members: tuple[Int64[Tensor, " _"], ...]
+    mean: Float[Tensor, "p d"]
+    scaling: Float[Tensor, "p d"]
+
+    @classmethod
+    def of(cls, view: View, curvature: Float[Tensor, "p n"], kin: Int64[Tensor, " p"], saved: int) -> Together | None:
+        """Form every kin's Hessian from some rows and invert it; None where that costs more than it saves.
+
+        That is `saved` steps a problem.
+        """
+        n, d = view.of.x.shape
+        kins, number = torch.unique(kin, return_inverse=True)
+        if n < FEWEST * d or len(kins) * d * d > TOGETHER:
+            return None
+        stride = math.ceil(n / (MOST * d))
+        z = view.of.shared[::stride]
+        members = tuple(torch.nonzero(number == i)[:, 0] for i in range(len(kins)))
+        curved = torch.stack([curvature[own, ::stride].mean(0) for own in members]) * stride
+        leader = _leaders(curved)
+        formed = len(set(leader.values()))
+        if formed * len(z) * d + len(kins) * d * d > saved * 4 * n * len(kin):  # multiplications, over d
+            return None
+        inverse = curved.new_empty(len(kins), d + 1, d + 1)
+        for i, j in leader.items():
+            if i == j:
+                _hessian(z, curved[i], inverse[i])
+            else:
+                torch.mul(inverse[j], curved[i].sum() / curved[j].sum(), out=inverse[i])
+        _invert(inverse)
+        return cls(inverse, members, view.mean[:, 0], view.scaling[:, 0])
+
+    def apply(self, gradient: Float[Tensor, "p e"]) -> Float[Tensor, "p e"]:
+        """Return the preconditioned gradient; the last entry is the intercept's."""
+        turned = gradient.clone()
+        turned[:, :-1] /= self.scaling
+        turned[:, :-1].addcmul_(self.mean, gradient[:, -1:])
+        out = torch.empty_like(turned)
+        for own, inverse in zip(self.members, self.inverse, strict=True):
+            out[own] = turned[own] @ inverse
+        out[:, -1] += torch.linalg.vecdot(out[:, :-1], self.mean)
+        out[:, :-1] /= self.scaling
+        return out
+
+    def keep(self, some: Bool[Tensor, " p"]) -> Together:
+        """Return the part of some problems."""
+        place = some.cumsum(0) - 1
+        members = tuple(place[own[some[own]]] for own in self.members)
+        return Together(self.inverse, members, self.mean[some], self.scaling[some])
+
+
+def _leaders(curvature: Float[Tensor, "k m"]) -> dict[int, int]:
+    """Return for every kin another one, or itself, whose curvature is alike but for a factor.
+
+    The most curved one leads: rows that count for another then count for it.
+    """
+    unit = torch.nn.functional.normalize(curvature)
+    leader: dict[int, int] = {}
+    for i in curvature.sum(1).argsort(descending=True).tolist():
+        leader[i] = next((j for j, k in leader.items() if j == k and float(unit[i] @ unit[j]) > ALIKE), i)
+    return leader
+
+
+def _hessian(seen: Float[Tensor, "m f"], curvature: Float[Tensor, " m"], out: Float[Tensor, "f f"]) -> None:
+    """Write seen' diag(curvature) seen, the lower triangle alone, from the rows whose curvature counts."""
+    m, f = seen.shape
+    rows = torch.nonzero(curvature > NEGLIGIBLE / max(m, f))[:, 0]
+    part = seen[rows].mul_(curvature[rows].sqrt()[:, None])
+    step = max(96, -(-f // 8))
+    for first in range(0, f, step):
+        torch.mm(part[:, first:].T, part[:, first : first + step], out=out[first:, first : first + step])
+
+
+def _invert(hessians: Float[Tensor, "q f f"]) -> Float[Tensor, "q 1"]:
+    """Add the penalty, on all but the last column, and invert in place; return the largest diagonals."""
+    diagonal = hessians.diagonal(dim1=1, dim2=2)
+    diagonal[:, :-1] += 1.0
+    largest = diagonal.amax(1, keepdim=True)
+    diagonal += 1e-6 * largest
+    # Scaled to a diagonal of ones: massive dimensions must not eat the digits of the others.
+    scale = diagonal.rsqrt()
+    hessians.mul_(scale[:, :, None]).mul_(scale[:, None])
+    factor, _ = torch.linalg.cholesky_ex(hessians)
+    torch.cholesky_inverse(factor, out=hessians)
+    hessians.mul_(scale[:, :, None]).mul_(scale[:, None])
+    return largest

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from gapprobe.kernels import ridge
-from gapprobe.kernels.certified import Fits, check, check_gaps, reach
+from gapprobe.kernels.certified import Fits, check, check_gaps, kin, reach
 from gapprobe.kernels.losses import SquaredHinge
 from gapprobe.kernels.preconditioner import Spaces
 from gapprobe.kernels.standardised import Standardised
@@ -58,7 +58,7 @@ def fit(
     features = Standardised(x, weights > 0)
     scaled = weights.double() * strengths[:, None]
     side_by_side = max(1, ROOM // (8 * n + 16 * d))
-    spaces = Spaces(features, min(p, side_by_side))
+    spaces = Spaces(features, min(p, side_by_side), kin(y, strengths))
 
     def loss(dtype: torch.dtype, some: Tensor) -> SquaredHinge:
         return SquaredHinge.of(y[some], scaled[some], dtype)

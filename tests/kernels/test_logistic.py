@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from gapprobe.kernels import logistic
+from gapprobe.kernels import logistic, preconditioner
 from gapprobe.kernels.descent import History
 from gapprobe.kernels.losses import Binary, Multinomial
-from gapprobe.kernels.preconditioner import Own, Shared, Subspace
+from gapprobe.kernels.preconditioner import Own, Shared, Subspace, Together
 from gapprobe.kernels.standardised import Standardised
 
 
@@ -290,6 +290,73 @@ def test_preconditioners_are_the_inverse_hessian_where_the_subspace_is_everythin
         # And 1 - V V' leaves rounding behind, which the curvature does not divide.
         bound = 1e-2 if curved else 2e-3
         assert float((made.apply(gradient)[i] - exact).norm() / exact.norm()) < bound
+
+
+def test_kin_have_the_inverse_of_their_mean_hessian(monkeypatch):
+    x, _ = problem(17, 400, 20)
+    kin = torch.tensor([4, 2, 4, 2, 4])
+    used = torch.rand(5, 400, generator=torch.Generator().manual_seed(1)) < 0.8
+    features = Standardised(x, used)
+    view = features.view(torch.arange(5), torch.float32)
+    shape = 100 * torch.rand(5, 400, generator=torch.Generator().manual_seed(2))
+    curvature = shape[kin] * used
+    on = torch.tensor([True, True, False, True, True])  # one has reached its goal
+    monkeypatch.setattr(preconditioner, "MOST", 400)  # all rows
+    made = Together.of(view, curvature, kin, 1000)  # of so few problems it would not pay
+    assert made is not None
+    made = made.keep(on)
+    gradient = torch.randn(5, 21, generator=torch.Generator().manual_seed(3))[on]
+    for at, i in enumerate(torch.nonzero(on)[:, 0].tolist()):
+        z = (x.double() - features.centre) / features.spread
+        z = torch.cat(
+            [(z - features.mean[features.group[i]]) / features.scale[features.group[i]], z.new_ones(400, 1)], 1
+        )
+        own = curvature[kin == kin[i]].double().mean(0)
+        hessian = z.T @ (own[:, None] * z)
+        hessian[range(20), range(20)] += 1.0
+        exact = torch.linalg.solve(hessian, gradient[at].double())
+        assert float((made.apply(gradient)[at] - exact).norm() / exact.norm()) < 1e-2  # as above
+
+
+def test_folds_of_many_rows_share_a_hessian_and_take_fewer_steps(monkeypatch):
+    x, y = problem(19, 2600, 640)
+    # As activations are: most of the variance in a few directions, which are no single features.
+    turn, _ = torch.linalg.qr(torch.randn(640, 640, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    x = (x * torch.arange(1, 641) ** -0.8) @ turn
+    fold = torch.arange(2600) % 5
+    weights = torch.stack([fold != i for i in range(5)]).repeat(2, 1).double()
+    strengths = torch.tensor([1.0, 100.0]).repeat_interleave(5)
+
+    def fitted():
+        return logistic.fit(x, y.expand(10, -1), weights, strengths)
+
+    together = fitted()
+    monkeypatch.setattr(Together, "of", lambda *_: None)
+    alone = fitted()
+    assert float(together.steps.double().mean()) < 0.8 * float(alone.steps.double().mean())
+    for each in (together, alone):
+        assert float(each.gap.max()) <= 1e-6
+    torch.testing.assert_close(together.objective, alone.objective, rtol=2e-6, atol=0.0)
+
+
+def test_kins_of_like_curvature_share_a_hessian_but_for_a_factor():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 50, generator=g)
+    assert preconditioner._leaders(torch.stack([a, 3 * a, b, 2 * a, 1.01 * b])) == {1: 1, 3: 1, 0: 1, 4: 4, 2: 4}
+
+
+def test_a_hessian_is_shared_only_where_it_pays():
+    g = torch.Generator().manual_seed(0)
+    x, curvature = torch.randn(2000, 240, generator=g), torch.rand(10, 2000, generator=g)
+
+    def made(rows, kin):
+        view = Standardised(x[:rows], torch.ones(10, rows) > 0).view(torch.arange(10), torch.float32)
+        return Together.of(view, curvature[:, :rows], kin, 40)
+
+    folds, strangers = torch.zeros(10).long(), torch.arange(10)
+    assert made(2000, folds) is not None
+    assert made(2000, strangers) is None
+    assert made(900, folds) is None
 
 
 def test_alike_rows_are_fitted_in_their_own_small_span():
