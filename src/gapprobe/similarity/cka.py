@@ -139,8 +139,9 @@ def cka(
         for each, wanted in ((store, layers), (right, other_layers))
     ]
     sides = [
-        {layer: Side(each.mapped(layer, place, ids)) for layer in own}
+        {layer: Side(each.mapped(layer, place, parts)) for layer in own}
         for each, place, own in zip((store, right), places, chosen, strict=True)
+        for parts in [each.parts(ids)]
     ]
     same = right is store and places[0] == places[1] and chosen[0] == chosen[1]
     order = np.random.default_rng(seed).permutation(len(ids))

@@ -31,6 +31,7 @@ from gapprobe.similarity.pairing import Pairs, by_key, listed, same_ids
 from gapprobe.similarity.result import VARIANTS, CosineResult
 from gapprobe.similarity.rows import Side
 from gapprobe.store.columns import Column, aligned
+from gapprobe.store.gather import Part
 from gapprobe.store.moments import combine
 from gapprobe.store.progress import Bar
 from gapprobe.store.reader import Store
@@ -42,10 +43,15 @@ _LAYOUT = 1  # of the files that are kept; another layout is another name
 
 @dataclass(frozen=True)
 class _Sides:
-    """The rows of both sides, and the stores they are read from."""
+    """The rows of both sides, and the stores they are read from, in `parts` of their shards."""
 
     stores: tuple[Store, Store]
     pairs: Pairs
+    parts: tuple[list[Part], list[Part]]
+
+    @classmethod
+    def of(cls, left: Store, right: Store, pairs: Pairs) -> _Sides:
+        return cls((left, right), pairs, (left.parts(pairs.left), right.parts(pairs.right)))
 
     @property
     def row_bytes(self) -> int:
@@ -54,8 +60,7 @@ class _Sides:
     def open(self, layer: int, position: str) -> tuple[Side, Side]:
         """Map both sides at a layer and position; reads nothing."""
         left, right = (
-            Side(each.mapped(layer, position, ids))
-            for each, ids in zip(self.stores, (self.pairs.left, self.pairs.right), strict=True)
+            Side(each.mapped(layer, position, parts)) for each, parts in zip(self.stores, self.parts, strict=True)
         )
         return left, right
 
@@ -120,7 +125,7 @@ def cosine(
         pairs = listed(store, right_store, left or (), right or ())
     else:
         pairs = same_ids(store, right_store)
-    sides = _Sides((store, right_store), pairs)
+    sides = _Sides.of(store, right_store, pairs)
     chosen = tuple(store.header.layers) if layers == "all" else tuple(layers)
     positions = (position,) if isinstance(position, str) else tuple(position)
     _refuse(sides, chosen, positions)

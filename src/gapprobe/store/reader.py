@@ -217,7 +217,7 @@ class Store:
         return result[0]
 
     @enough_memory()
-    def mapped(self, layer: int, position: str, rows: Iterable[str] | None = None) -> list[MappedRows]:
+    def mapped(self, layer: int, position: str, parts: Sequence[Part]) -> list[MappedRows]:
         """Map the residual stream after one layer at a position, shard by shard, and say which lines are whose.
 
         Nothing is read before it is touched, so rows that lie apart can be streamed without a copy of them all.
@@ -225,12 +225,12 @@ class Store:
         Args:
             layer: one of `header.layers`.
             position: one of `header.positions`: the token so marked of each row.
-            rows: ids, in the order wanted; all rows in the order of sealing by default.
+            parts: the rows, from `parts`.
 
         Raises:
             StoreError: as `layer` does.
         """
-        index, parts = self.header.layer_index(layer, self.path), self.parts(rows)
+        index = self.header.layer_index(layer, self.path)
         self._refuse_unmarked(parts, position)
         jobs = position_jobs(parts, index, layer_name(layer), self.header.position_index(position, self.path))
         found: list[MappedRows] = []
@@ -390,10 +390,10 @@ class Store:
                 if record.rows
             ]
         wanted = [rows] if isinstance(rows, str) else list(rows)
-        missing = [id_ for id_ in wanted if id_ not in self._number_of]
-        if missing:
-            raise StoreError(f"{self.path} has no row {missing[0]!r:.80} ({len(missing)} of {len(wanted)} are missing)")
-        numbers = np.array([self._number_of[id_] for id_ in wanted], dtype=np.int64)
+        numbers = np.array([self._number_of.get(id_, -1) for id_ in wanted], dtype=np.int64)
+        if len(missing := np.flatnonzero(numbers < 0)):
+            first = wanted[missing[0]]
+            raise StoreError(f"{self.path} has no row {first!r:.80} ({len(missing)} of {len(wanted)} are missing)")
         at = np.searchsorted(self._row_base, numbers, side="right") - 1
         return [
             Part(self._shard(self.records[i]), int(self._row_base[i]), numbers[here] - self._row_base[i], here)
