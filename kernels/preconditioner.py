@@ -246,11 +246,11 @@ def _leaders(curvature: Float[Tensor, "k m"]) -> dict[int, int]:
 def _hessian(seen: Float[Tensor, "m f"], curvature: Float[Tensor, " m"], out: Float[Tensor, "f f"]) -> None:
     """Write seen' diag(curvature) seen, the lower triangle alone, from the rows whose curvature counts."""
     m, f = seen.shape
-    rows = torch.nonzero(curvature > NEGLIGIBLE / max(m, f))[:, 0]
-    part = seen[rows].mul_(curvature[rows].sqrt()[:, None])
-    step = max(96, -(-f // 8))
-    for first in range(0, f, step):
-        torch.mm(part[:, first:].T, part[:, first : first + step], out=out[first:, first : first + step])
+    step, out = max(96, -(-f // 8)), out.zero_()
+    for rows in torch.nonzero(curvature > NEGLIGIBLE / max(m, f))[:, 0].split(SAMPLE):
+        part = seen[rows].mul_(curvature[rows].sqrt()[:, None])
+        for first in range(0, f, step):
+            out[first:, first : first + step].addmm_(part[:, first:].T, part[:, first : first + step])
 
 
 def _invert(hessians: Float[Tensor, "q f f"]) -> Float[Tensor, "q 1"]:

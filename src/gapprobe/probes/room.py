@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from gapprobe.errors import DataError
 from gapprobe.files import told_bytes
+from gapprobe.kernels.preconditioner import FEWEST, TOGETHER
 from gapprobe.probes.base import ROOM
 from gapprobe.probes.fitting import PART, View, fit_numbers
 
@@ -59,6 +60,8 @@ class Need:
                 # The iterative kernels hold directions and histories of the problems they fit together, in float32 and
                 # then in float64; closed forms a few matrices of the narrower side.
                 working = 2 * min(count * most * (8 * n + 16 * d), ROOM) + 8 * min(n, d) ** 2
+                # Hessians that folds share, and their factors, in float32.
+                working += min(count * most * d * d, TOGETHER) if n >= FEWEST * d else 0
                 # Of each cell, scores by run, and coefficients: gathered, stacked and written.
                 gathered = most * (runs * n + 3 * d * sum(len(split.cut.inner) for split in own.values()))
                 layer = max(layer, SLACK + room + ITEM * (features + 2 * part + working + gathered))
