@@ -24,6 +24,7 @@ OWN = (15, 40, 80, 140)
 OWN_LARGE = (200, 240, 290, 350, 420)
 ROOM = 1 << 25  # numbers in the Hessians of the large subspace
 SLOPE = 0.5  # a step is taken when the slope at its end is this share of the slope at its start
+GROWTH = 3.0  # of a step over the last one, at most, before a longer one is tried
 TRIALS = 20
 PATIENCE = {torch.float32: 12, torch.float64: 100}  # steps without a smaller gradient or value: only rounding is left
 SMALLER = 1e-6  # share of its value by which an objective must fall to count: float32 cannot tell less
@@ -139,6 +140,7 @@ def descend(
     preconditioner = Shared.of(spaces.small.to(weights.dtype), loss.curvature(point).flatten(0, 1))
     history = History(weights)
     together, gain = False, torch.ones_like(weights[:, 0])
+    size = torch.ones_like(gain)
     best, lowest = torch.full_like(gain, torch.inf), torch.full_like(gain, torch.inf)
     since = torch.zeros_like(gain, dtype=torch.int64)
     stuck = torch.zeros_like(gain, dtype=torch.bool)
@@ -153,7 +155,7 @@ def descend(
             on = ~done
             rows, weights, turned, gradient = rows[on], weights[on], turned[on], gradient[on]
             gain, best, lowest, since = gain[on], best[on], lowest[on], since[on]
-            view, loss, point = view.keep(on), loss.keep(on), point.keep(on)
+            view, loss, point, size = view.keep(on), loss.keep(on), point.keep(on), size[on]
             preconditioner = preconditioner.keep(on.repeat_interleave(c))
             history.keep(on)
         if not len(rows):
@@ -168,14 +170,15 @@ def descend(
             space = spaces.large if step in OWN_LARGE and few else spaces.small
             renewed = Own.of(space.to(weights.dtype), view, loss.curvature(point).flatten(0, 1))
         if renewed is not None:
-            preconditioner, history, gain = renewed, History(weights), torch.ones_like(gain)
+            preconditioner, history = renewed, History(weights)
+            gain, size = torch.ones_like(gain), torch.ones_like(gain)
         passed, first = history.before(gradient)
         direction = -history.after(precondition(passed) * gain[:, None], first)
         slope = torch.linalg.vecdot(gradient, direction)
         stuck = ~(slope < 0)
         direction.masked_fill_(stuck[:, None], 0.0)
         along = loss.turned(view.logits(direction.view(-1, c, e)))
-        size, point = _search(loss, turned, along, slope, weights * penalised, direction * penalised)
+        size, point = _search(loss, turned, along, slope, weights * penalised, direction * penalised, size)
         walked = size[:, None] * direction
         weights, turned = weights + walked, turned.addcmul(size[:, None, None], along)
         before, gradient = gradient, gradient_at(point, weights)
@@ -209,18 +212,20 @@ def _search(
     slope: Float[Tensor, " p"],
     weights: Float[Tensor, "p e"],
     direction: Float[Tensor, "p e"],
+    last: Float[Tensor, " p"],
 ) -> tuple[Float[Tensor, " p"], Point]:
     """Find for each problem a step at whose end the slope has fallen to `SLOPE` of its start; return it and its point.
 
-    A convex function's slope only grows along a line, so its root is bracketed and Newton's method on it is safe. The
-    slope decides, not the value: near the optimum float32 cannot tell two values apart.
+    Tried first is 1, or somewhat more than the last step where that was short. A convex function's slope only grows
+    along a line, so its root is bracketed and Newton's method on it is safe. The slope decides, not the value: near the
+    optimum float32 cannot tell two values apart.
     """
     linear = torch.linalg.vecdot(weights, direction)
     quadratic = torch.linalg.vecdot(direction, direction)
     bound = SLOPE * slope.abs()
-    size = torch.ones_like(slope)
-    point = loss.at(turned + along)
-    rise = linear + quadratic - torch.linalg.vecdot(point.residual, along).sum(1)
+    size = (GROWTH * last).clamp(max=1.0)
+    point = loss.at(turned.addcmul(size[:, None, None], along))
+    rise = linear + size * quadratic - torch.linalg.vecdot(point.residual, along).sum(1)
     bad = rise.abs() > bound
     if not bool(bad.any()):
         return size, point
