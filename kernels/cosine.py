@@ -115,10 +115,9 @@ def apart(
     weights = weights.nan_to_num(0.0)
     units = weights.new_zeros(*weights.shape[:2], left.shape[1])  # their sum, by variant and side
     for i, side in enumerate((left, right)):
-        for rows in torch.arange(len(side)).split(_step(side)):
-            numbers = side[rows].double()
-            numbers[~there[0, i, rows]] = 0.0
-            units[:, i] += weights[:, i, rows] @ numbers
+        parts = (each.split(_step(side), dim=-1) for each in (weights[:, i], there[0, i]))
+        for rows, own, directed in zip(side.split(_step(side)), *parts, strict=True):
+            units[:, i] += own @ rows.double().masked_fill(~directed[:, None], 0.0)
     if mean is not None:
         units[1:] -= weights[1:].sum(2, keepdim=True) * mean.double()
     if std is not None:

@@ -214,6 +214,9 @@ def test_the_mean_over_all_other_pairs_is_that_of_every_cosine_by_itself(monkeyp
         allowed = ORDER * (simple - each).abs().nan_to_num(0.0).amax() + ROUNDING
         for found in (level, cosine.apart(left, right, *setting)[-1]):
             assert (found - each.nanmean()).abs() <= allowed
+    wide = left.double()
+    cosine.apart(wide, wide, mean, std)
+    assert wide.nan_to_num().equal(left.double().nan_to_num())  # nothing is written to what is given
     one = left[:1]
     assert cosine.apart(one, one, mean, std).isnan().all()
 

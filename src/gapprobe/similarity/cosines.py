@@ -38,7 +38,7 @@ from gapprobe.store.reader import Store
 
 APART = 256  # pairs that the level of unrelated rows is taken from
 DRAWN = 1 << 24  # bootstrap weights that are in memory at once
-_LAYOUT = 1  # of the files that are kept; another layout is another name
+_LAYOUT = 2  # of the files that are kept; another layout, or other sums, are another name
 
 
 @dataclass(frozen=True)
