@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from benchmarks._environment import environment
 from benchmarks._measure import Cost, timed
 from gapprobe.models.model import Model
 from gapprobe.tasks.examples import Example
@@ -549,7 +550,7 @@ class Nnterp(Contestant):
 class Elsewhere(Contestant):
     """A contestant whose requirements clash with ours: it runs in an environment and a process of its own, in turn.
 
-    The environment lies over ours, so that torch and transformers are the same. It gets the model and the batches in a
+    torch and transformers are the same as here. It gets the model and the batches in a
     file, measures itself with the same clock, and gives back what it kept.
     """
 
@@ -558,33 +559,16 @@ class Elsewhere(Contestant):
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         super().__init__(subject, folder)
-        python = self._environment(folder.parents[1] / f"{self.name}-environment")
+        python = environment(folder.parents[1] / f"{self.name}-environment", self.requirements)
         send(subject, folder / "subject.pt")
         command = [str(python), "-m", __name__, self.inner.__name__, str(folder)]
-        environment = os.environ | {"PYTHONPATH": f"{_REPOSITORY}{os.pathsep}{_REPOSITORY / 'src'}"}
+        variables = os.environ | {"PYTHONPATH": f"{_REPOSITORY}{os.pathsep}{_REPOSITORY / 'src'}"}
         self._log = (folder / "log.txt").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
-            command, cwd=_REPOSITORY, env=environment, text=True,
+            command, cwd=_REPOSITORY, env=variables, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
         self._versions: dict[str, str] = self._told()
-
-    def _environment(self, folder: Path) -> Path:
-        python = folder / "bin" / "python"
-        if not python.exists():
-            ours = next(path for path in sys.path if path.endswith("site-packages"))
-            commands = [
-                [sys.executable, "-m", "venv", str(folder)],
-                [str(python), "-m", "pip", "install", "--quiet", *self.requirements],
-            ]
-            for number, command in enumerate(commands):
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise RuntimeError(f"its environment cannot be made: {done.stderr.strip().splitlines()[-1]}")
-                if number == 0:
-                    packages = next((folder / "lib").glob("python*/site-packages"))
-                    (packages / "ours.pth").write_text(f"{ours}\n", encoding="utf-8")
-        return python
 
     def _told(self) -> Any:
         """Return the next thing that the other process says."""
