@@ -161,7 +161,8 @@ def descend(
         if not len(rows):
             break
         renewed: Together | Own | None = None
-        if (step == EARLY or together and step in OWN[1:]) and c == 1 and weights.dtype == torch.float32:
+        shareable = c == 1 and weights.dtype == torch.float32 and len(spaces.small.values) < e - 1
+        if shareable and (step == EARLY or together and step in OWN[1:]):
             saved = max(SAVED, 2 * step)  # who has taken many steps has many before it
             renewed = Together.of(view, loss.curvature(point)[:, 0], spaces.kin[problems[rows]], saved)
             together = renewed is not None

@@ -176,8 +176,9 @@ class Own:
 class Together:
     """H^-1 in all dimensions, H the mean Hessian of a kin: the folds of one target and one strength.
 
-    With many rows a feature their optima are near each other, and so is the curvature at every row. Held in the
-    coordinates of `Own`.
+    With many rows a feature their optima are near each other, and so is the curvature at every row. Rows that a fold
+    leaves out thus touch the way that its fit takes, never the optimum that the certificate measures. Held in the
+    coordinates of `Own`, which does as well where its subspace is everything.
     """
 
     inverse: Float[Tensor, "k e e"]
