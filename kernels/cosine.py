@@ -108,7 +108,8 @@ def apart(
     itself it is the mean pairwise cosine, the anisotropy of Ethayarajh 2019 (arXiv 1909.00512). Rows
     without a direction are left out; NaN where no two are left. Arguments and variants are those of `paired`.
     """
-    sums = _measured(left, right, mean, std)
+    pieces = zip(left.split(_step(left)), right.split(_step(right)), strict=True)
+    sums = _directed(torch.cat([_exact(*both, mean, std) for both in pieces], dim=2))
     weights = sums[:, 1:].rsqrt()  # that make a row a unit row
     there = ~weights.isnan()
     matched = (sums[:, 0] * weights.prod(1)).nansum(1)
@@ -142,21 +143,40 @@ def _measured(
     # What float32 does not hold is taken again in float64; where centring leaves nothing there is nothing to take.
     squares = sums[:, 1:]
     doubtful = ~squares.isfinite() | (squares < FAINT)
-    odd = (doubtful[0] | doubtful & _directed(squares)).flatten(0, 1).any(0)
+    odd = (doubtful[0] | doubtful & _left_over(squares)).flatten(0, 1).any(0)
     for rows in torch.nonzero(odd)[:, 0].split(_step(left)):
         if len(rows):
-            a, b = left[rows].double(), right[rows].double()
-            for i in range(len(sums)):
-                if i == 1 and mean is not None:
-                    a, b = a - mean, b - mean
-                if i == 2 and std is not None:
-                    a, b = a * inverse(std), b * inverse(std)
-                sums[i, :, rows] = torch.stack([(x * y).sum(1) for x, y in ((a, b), (a, a), (b, b))])
-    squares.masked_fill_(~_directed(squares), torch.nan)
+            sums[:, :, rows] = _exact(left[rows], right[rows], mean, std)
+    return _directed(sums)
+
+
+def _exact(
+    left: Float[Tensor, "n d"],
+    right: Float[Tensor, "n d"],
+    mean: Float[Tensor, " d"] | None,
+    std: Float[Tensor, " d"] | None,
+) -> Float64[Tensor, "v 3 n"]:
+    """Return a.b, a.a and b.b in float64."""
+    a, b = left.double(), right.double()
+    variants = [(a, b)]
+    if mean is not None:
+        a, b = a - mean, b - mean
+        variants.append((a, b))
+    if std is not None:
+        scale = inverse(std)
+        variants.append((a * scale, b * scale))
+    dot = torch.linalg.vecdot
+    return torch.stack([torch.stack([dot(a, b), dot(a, a), dot(b, b)]) for a, b in variants])
+
+
+def _directed(sums: Float64[Tensor, "v 3 n"]) -> Float64[Tensor, "v 3 n"]:
+    """Turn the squares of rows without a direction into NaN, in place."""
+    squares = sums[:, 1:]
+    squares.masked_fill_(~_left_over(squares), torch.nan)
     return sums
 
 
-def _directed(squares: Float64[Tensor, "v 2 n"]) -> Bool[Tensor, "v 2 n"]:
+def _left_over(squares: Float64[Tensor, "v 2 n"]) -> Bool[Tensor, "v 2 n"]:
     """Say which rows have a direction: of what centring leaves, it must be more than rounding."""
     bound = ROUNDING**2 * squares[0]
     return torch.stack([squares[min(i, 1)] > bound for i in range(len(squares))])
