@@ -294,18 +294,20 @@ def test_preconditioners_are_the_inverse_hessian_where_the_subspace_is_everythin
 
 def test_kin_have_the_inverse_of_their_mean_hessian(monkeypatch):
     x, _ = problem(17, 400, 20)
-    kin = torch.tensor([4, 2, 4, 2, 4])
-    used = torch.rand(5, 400, generator=torch.Generator().manual_seed(1)) < 0.8
+    kin = torch.tensor([4, 2, 4, 2, 0, 0])
+    used = torch.rand(6, 400, generator=torch.Generator().manual_seed(1)) < 0.8
+    used[4:] = used[[0, 2]]
     features = Standardised(x, used)
-    view = features.view(torch.arange(5), torch.float32)
+    view = features.view(torch.arange(6), torch.float32)
     shape = 100 * torch.rand(5, 400, generator=torch.Generator().manual_seed(2))
+    shape[0] = shape[4] / 20  # alike but for a factor: forming is shared, the inverse is not
     curvature = shape[kin] * used
-    on = torch.tensor([True, True, False, True, True])  # one has reached its goal
+    on = torch.tensor([True, True, False, True, True, True])  # one has reached its goal
     monkeypatch.setattr(preconditioner, "MOST", 400)  # all rows
     made = Together.of(view, curvature, kin, 1000)  # of so few problems it would not pay
     assert made is not None
     made = made.keep(on)
-    gradient = torch.randn(5, 21, generator=torch.Generator().manual_seed(3))[on]
+    gradient = torch.randn(6, 21, generator=torch.Generator().manual_seed(3))[on]
     for at, i in enumerate(torch.nonzero(on)[:, 0].tolist()):
         z = (x.double() - features.centre) / features.spread
         z = torch.cat(
