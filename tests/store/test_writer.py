@@ -7,11 +7,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gapprobe.errors import OutputError, StoreError
 from gapprobe.store import arena, disk, sealing, table
@@ -88,6 +91,8 @@ def test_a_closed_writer_takes_nothing_more(tmp_path):
         writer.append(some_rows(2))
     with pytest.raises(StoreError, match="closed; open another"):
         writer.append(some_rows(3))
+    with pytest.raises(StoreError, match="closed; open another"):
+        writer.place(3)
     writer.close()
     assert holds(tmp_path, some_rows(2))
 
@@ -113,6 +118,50 @@ def test_an_axis_of_length_one_may_have_any_stride(tmp_path):
     row = dataclasses.replace(row, residual=row.residual.as_strided((layers, 1, 1), (1, 1, 0)))
     write(tmp_path, [row, make_row("b", 0, header)], header)
     assert holds(tmp_path, [row, make_row("b", 0, header)])
+
+
+def laid(writer, rows):
+    """The same rows, with their residuals laid where the writer wants them."""
+    place, first, found = writer.place(sum(len(row.token_ids) for row in rows)), 0, []
+    for row in rows:
+        here = place[:, first : first + len(row.token_ids)]
+        here.copy_(row.residual)
+        found.append(dataclasses.replace(row, residual=here))
+        first += len(row.token_ids)
+    return found
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 20, 1000, 1])
+def test_residuals_laid_in_their_place_are_not_copied(tmp_path, monkeypatch, shard_bytes):
+    rows, copied = some_rows(24), []
+    real = arena._as_bytes
+    monkeypatch.setattr(arena, "_as_bytes", lambda residual: copied.append(residual) or real(residual))
+    with StoreWriter(tmp_path, HEADER, shard_bytes=shard_bytes) as writer:
+        writer.append(rows[:1])
+        copied.clear()
+        for start in range(1, 24, 5):
+            writer.append(laid(writer, rows[start : start + 5]))
+        assert not copied
+        # The counter counts.
+        writer.append([make_row("another", 2)])
+        assert len(copied) == 1
+    assert holds(tmp_path, [*rows, make_row("another", 2)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.data())
+def test_residuals_laid_anywhere_are_stored_as_they_are(lengths, data):
+    rows = [make_row(f"row {i}", length) for i, length in enumerate(lengths)]
+    with tempfile.TemporaryDirectory() as folder:
+        with StoreWriter(folder, HEADER, shard_bytes=data.draw(st.sampled_from([1, 500, 1 << 20]))) as writer:
+            # Some are stored already and left out, some are not laid, and they come in any order.
+            before = [row for row in rows if data.draw(st.booleans())]
+            writer.append(before)
+            mixed = [
+                lay if data.draw(st.booleans()) else row for lay, row in zip(laid(writer, rows), rows, strict=True)
+            ]
+            writer.append(data.draw(st.permutations(mixed)))
+        assert holds(Path(folder), rows)
 
 
 def test_rows_in_hand_are_sealed_when_the_caller_fails(tmp_path):
@@ -623,7 +672,7 @@ def test_a_shard_that_is_not_as_planned_is_not_written(tmp_path, monkeypatch):
 def test_a_row_without_its_position_has_zeros_in_the_dense_copy(monkeypatch):
     monkeypatch.setattr(arena, "fresh", lambda shape, dtype, **_: torch.full(shape, torch.nan, dtype=dtype))
     filled = arena.Arena(HEADER, 8)
-    for row in (make_row("a", 3), dataclasses.replace(make_row("b", 2), token_marks=torch.zeros(2, dtype=torch.uint8))):
-        filled.add(row)
+    unmarked = dataclasses.replace(make_row("b", 2), token_marks=torch.zeros(2, dtype=torch.uint8))
+    filled.add([make_row("a", 3), unmarked])
     assert filled.at_position(0)[:, 1].eq(0).all()
     assert filled.at_position(0)[:, 0].isfinite().all()

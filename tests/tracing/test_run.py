@@ -14,6 +14,7 @@ from gapprobe.errors import ConfigError, ModelError, OutputError, StoreError
 from gapprobe.kernels.logit_lens import reference
 from gapprobe.models.model import Model
 from gapprobe.models.trace import trace
+from gapprobe.store import arena as arena_module
 from gapprobe.store.format import ROLES
 from gapprobe.store.reader import Store, open_store
 from gapprobe.store.writer import StoreWriter
@@ -375,6 +376,34 @@ def test_prompts_alone(tmp_path: Path) -> None:
     assert store.rows["answer"].tolist() == [""] * 3
     ends = taken(loaded("llava-llama"), wanted, tmp_path / "ends", positions=["last_input"])
     assert sorted(store.layer(2, "last_input").sum(1).tolist()) == sorted(ends.layer(2, "last_input").sum(1).tolist())
+
+
+@pytest.mark.parametrize("kind", ["llava-llama", "gpt2-gpt2"])
+def test_residuals_of_prompts_alone_are_never_copied(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, wanted = loaded(kind), examples(12)
+    if kind not in WITH_IMAGE:
+        wanted = [Example(example.text) for example in wanted]
+    asked: dict[str, Any] = {"positions": ["prompt"], "max_new_tokens": 0}
+    once = content(taken(model, wanted, tmp_path / "copied", **asked | {"max_new_tokens": 1, "stop": None}))
+    copied: list[int] = []
+    real = arena_module._as_bytes
+    monkeypatch.setattr(
+        arena_module, "_as_bytes", lambda residual: (copied.append(residual.shape[1]), real(residual))[1]
+    )
+    store = taken(model, wanted, tmp_path / "placed", **asked)
+    assert not copied
+    # The same residuals, in the order of the batches, as through memory of the run's own.
+    assert [row[1] for row in content(store).values()] == [row[1] for row in once.values()]
+    # Rows that are stored already leave holes in a batch: here what is left has to move.
+    half = tmp_path / "half"
+    with StoreWriter(half, store.header) as writer:
+        writer.append([store.row(id_) for id_ in store.ids[::2]])
+    copied.clear()
+    again = taken(model, wanted, half, **asked)
+    assert copied
+    assert content(again) == content(store)
 
 
 def test_drawn_answers_do_not_depend_on_the_batch(tmp_path: Path) -> None:

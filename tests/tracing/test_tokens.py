@@ -5,8 +5,8 @@ import pytest
 
 from gapprobe.models.model import Model
 from gapprobe.store.format import ROLES
-from gapprobe.tasks.examples import Span, mentions
-from gapprobe.tracing.tokens import ROLE_NAMES, TokenTable, token_table
+from gapprobe.tasks.examples import Example, Span, mentions
+from gapprobe.tracing.tokens import ROLE_NAMES, TokenTable, token_tables
 from tests.models.kinds import KINDS, WITH_MEDIA, fresh, loaded, media
 
 TEXT = "Look well. Question: Where is Big Ben, or is big ben a Bigbend? Answer:"
@@ -21,7 +21,8 @@ def table(model: Model, with_image: bool, text: str = TEXT, spans: dict[str, lis
     one = (media(model) or [])[:1] if with_image else None
     inputs = model.encode([text], one)
     boxes = model.boxes(inputs, 0, one[0]) if one else None
-    return token_table(model, text, SPANS if spans is None else spans, inputs["input_ids"][0].numpy(), boxes)
+    example = Example(text, spans=SPANS if spans is None else spans)
+    return token_tables(model, [example], [inputs["input_ids"][0].numpy()], [boxes])[0]
 
 
 def said(model: Model, found: TokenTable) -> list[tuple[str, str]]:
@@ -91,7 +92,7 @@ def test_tokens_that_are_not_those_of_the_text_are_told(monkeypatch: pytest.Monk
     inputs = model.encode([TEXT])["input_ids"][0].numpy()
     monkeypatch.setattr(type(model), "render", lambda *_, **__: "zzz qqq jjj kkk www")
     with pytest.warns(UserWarning, match="not those of its text"):
-        found = token_table(model, TEXT, {}, inputs, None)
+        (found,) = token_tables(model, [Example(TEXT)], [inputs], [None])
     # A letter here and there is the same by chance.
     assert (found.roles == ROLES["other"]).mean() > 0.9
 

@@ -26,18 +26,15 @@ class Room:
 
 
 class Offload:
-    """Room for `lines` tokens of every layer, filled layer by layer.
+    """Room for some tokens of every layer, filled layer by layer.
 
-    On a GPU the room is pinned and the copies run on a stream of their own beside the next block; on a CPU each is one
-    gather straight into its place.
+    On a GPU the room should be pinned; the copies run on a stream of their own beside the next block. On a CPU each is
+    one gather straight into its place.
     """
 
-    def __init__(
-        self, layers: int, lines: int, width: int, dtype: torch.dtype, device: torch.device, room: Room | None = None
-    ) -> None:
-        self.dtype, self.filled = dtype, 0
-        shape, pinned = (layers, lines, width), device.type == "cuda"
-        self._room = room.take(shape, dtype, pinned) if room else torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    def __init__(self, room: Shaped[Tensor, "l m d"]) -> None:
+        self.filled = 0
+        self._room = room
         # One a device: the blocks of a large model may lie on several.
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -52,13 +49,13 @@ class Offload:
         self.filled += 1
         lines = lines.to(flat.device)
         if flat.device.type != "cuda":
-            if flat.dtype == self.dtype and flat.device.type == "cpu":
+            if flat.dtype == out.dtype and flat.device.type == "cpu":
                 torch.index_select(flat, 0, lines, out=out)
             else:
                 out.copy_(flat[lines])
             return
         stream = self._streams.setdefault(flat.device, torch.cuda.Stream(flat.device))
-        chosen = flat[lines].to(self.dtype)
+        chosen = flat[lines].to(out.dtype)
         stream.wait_stream(torch.cuda.current_stream(flat.device))
         with torch.cuda.stream(stream):
             out.copy_(chosen, non_blocking=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from gapprobe.models.model import Model
-from gapprobe.models.offload import Offload, Room
+from gapprobe.models.offload import Offload
 from gapprobe.models.sites import IN_TOWER, Site, Tap, taps
 
 
@@ -49,7 +49,7 @@ def trace(
     steps: int = 1,
     dtype: torch.dtype | None = None,
     site: Site = "residual",
-    room: Room | None = None,
+    out: Float[Tensor, "l m d"] | None = None,
 ) -> Traced:
     """Let the model answer, and keep the residual stream on the way.
 
@@ -64,8 +64,7 @@ def trace(
         dtype: of what is kept; the model's own by default.
         site: what to read. Of a site in the tower all tokens are kept, of all rows one after another, and `keep` counts
             for nothing.
-        room: where to put what is kept of the prompts: the result holds until the room is used again. Its own by
-            default.
+        out: memory for what is kept of the prompts, of `dtype`; on a GPU best pinned. New by default.
     """
     # Without image the outer model of some families cannot run; its language model alone is the same function then.
     path = "" if model.has_media(inputs) else model.family.generator
@@ -73,20 +72,25 @@ def trace(
     decoder = taps(model, site, model.family.blocks)
     encoder = taps(model, site, model.family.encoder) if model.family.encoder else None
     n, size, device = len(inputs["attention_mask"]), (len(layers), model.width), model.hf.device
-    kept = Offload(size[0], len(keep), size[1], dtype or model.dtype, device, room)
+    dtype = dtype or model.dtype
+
+    def room(tokens: int) -> Tensor:
+        return torch.empty(size[0], tokens, size[1], dtype=dtype, pin_memory=device.type == "cuda")
+
+    kept = Offload(room(len(keep)) if out is None else out)
     keep, rows = keep.to(device), torch.arange(n, device=device)
     spoken: list[Offload] = []
     seen: list[Tensor] = []
 
-    def read(states: Callable[[int], Tap], out: Offload, lines: Tensor) -> None:
+    def read(states: Callable[[int], Tap], into: Offload, lines: Tensor) -> None:
         for layer in layers:
-            out.take(states(layer).read(), lines)
+            into.take(states(layer).read(), lines)
 
     def step(number: int) -> None:
         if number == 0 and encoder is None:
             read(decoder, kept, keep)
         else:
-            spoken.append(Offload(size[0], n, size[1], kept.dtype, device))
+            spoken.append(Offload(room(n)))
             read(decoder, spoken[-1], rows)
 
     config = model.greedy(steps)
@@ -102,12 +106,12 @@ def trace(
             with entry.trace(**inputs, **options, fn="generate"):
                 for layer in layers:
                     state = decoder(layer).read()
-                    seen.append(state.reshape(-1, state.shape[-1]).to(kept.dtype).cpu())
-            return Traced(torch.stack(seen), torch.empty(0, size[0], n, seen[0].shape[-1], dtype=kept.dtype))
+                    seen.append(state.reshape(-1, state.shape[-1]).to(dtype).cpu())
+            return Traced(torch.stack(seen), torch.empty(0, size[0], n, seen[0].shape[-1], dtype=dtype))
         with entry.trace(**inputs, **options, fn="generate") as tracer:
             if encoder is not None:
                 read(encoder, kept, keep)
             for number in tracer.iter[:]:
                 step(number)
-    done = [out.result() for out in spoken if out.full]
-    return Traced(kept.result(), torch.stack(done) if done else torch.empty(0, size[0], n, size[1], dtype=kept.dtype))
+    done = [step.result() for step in spoken if step.full]
+    return Traced(kept.result(), torch.stack(done) if done else torch.empty(0, size[0], n, size[1], dtype=dtype))

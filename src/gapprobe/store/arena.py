@@ -1,7 +1,8 @@
 """Memory for the rows of one shard, laid out as the shard will be: a layer's tokens side by side.
 
-Copying a row in is the only copy between the caller's tensors and the file, and an arena is used again and again,
-for the first touch of fresh memory costs as much as writing it to a disk.
+Copying a row in is the only copy between the caller's tensors and the file, and there is none where the caller asks
+for the place of rows before they are made. An arena is used again and again, for the first touch of fresh memory costs
+as much as writing it to a disk.
 """
 
 from __future__ import annotations
@@ -51,6 +52,14 @@ def _value_bytes(value: Sequence[object]) -> int:
     return 8 * len(value) + sum(_value_bytes(item) for item in value if isinstance(item, str | list))
 
 
+def _as_bytes(residual: Shaped[Tensor, "l t d"]) -> UInt8[np.ndarray, "l t b"]:
+    given = residual.detach().cpu()
+    if given.stride(-1) != 1:
+        # A copy, not `contiguous`: the stride of an axis of length one may be anything, and a view as bytes minds it.
+        given = given.clone(memory_format=torch.contiguous_format)
+    return given.view(torch.uint8).numpy()
+
+
 class Arena:
     """Room for `capacity` tokens, which takes memory only as it is filled.
 
@@ -95,20 +104,36 @@ class Arena:
         """Return whether no row with tokens would fit any more."""
         return self.tokens >= self.capacity or len(self.ids) >= MAX_ROWS
 
-    def add(self, row: StoredRow) -> None:
-        """Copy a row that fits."""
-        here = slice(self.tokens, self.tokens + len(row.token_ids))
-        # numpy copies in the calling thread; torch would wake threads that sealing needs.
-        # Flat first: the stride of an axis of length one may be anything, and a view as bytes minds it.
-        given = row.residual.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        self._bytes[:, here] = given.reshape(len(self._bytes), -1, self._bytes.shape[2])
-        self._numbers[0, here].copy_(row.token_ids)
-        self._numbers[1, here].copy_(row.token_positions)
-        self._codes[0, here].copy_(row.token_roles)
-        self._codes[1, here].copy_(row.token_marks)
-        self.tokens = here.stop
-        self._add_line(row.id, dict(row.columns))
-        self._ends.append(self.tokens)
+    def place(self, tokens: int) -> Shaped[Tensor, "l t d"]:
+        """Return where the next so many tokens go, if they fit."""
+        return self._residual[:, self.tokens : self.tokens + tokens]
+
+    def add(self, rows: Sequence[StoredRow]) -> None:
+        """Copy rows that fit; residuals that stand at their place already are left there."""
+        first, moved = self.tokens, list[tuple[slice, Tensor]]()
+        for row in rows:
+            here = slice(self.tokens, self.tokens + len(row.token_ids))
+            if not self._stands(row.residual, here):
+                # What stands elsewhere in here must not be written over before it has moved.
+                moved.append((here, row.residual.clone() if self._holds(row.residual) else row.residual))
+            self.tokens = here.stop
+            self._add_line(row.id, dict(row.columns))
+            self._ends.append(self.tokens)
+        for here, residual in moved:
+            # numpy copies in the calling thread; torch would wake threads that sealing needs.
+            self._bytes[:, here] = _as_bytes(residual)
+        whole = slice(first, self.tokens)
+        self._numbers[0, whole].copy_(torch.cat([row.token_ids for row in rows]))
+        self._numbers[1, whole].copy_(torch.cat([row.token_positions for row in rows]))
+        self._codes[0, whole].copy_(torch.cat([row.token_roles for row in rows]))
+        self._codes[1, whole].copy_(torch.cat([row.token_marks for row in rows]))
+
+    def _holds(self, residual: Tensor) -> bool:
+        return residual.untyped_storage().data_ptr() == self._residual.untyped_storage().data_ptr()
+
+    def _stands(self, residual: Shaped[Tensor, "l t d"], here: slice) -> bool:
+        place = self._residual[:, here]
+        return self._holds(residual) and (residual.data_ptr(), residual.stride()) == (place.data_ptr(), place.stride())
 
     def claim(self, ids: Sequence[str], lengths: Sequence[int]) -> slice:
         """Take room for rows without columns; return which tokens are theirs, to be filled through the views below."""

@@ -18,6 +18,7 @@ from typing import cast
 
 import pyarrow as pa
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from gapprobe.errors import OutputError, StoreError
@@ -123,8 +124,7 @@ class StoreWriter:
             StoreError: a row does not fit the header, or a column changes its type.
             OutputError: an earlier shard could not be written. Its rows are still in hand; this batch was not taken.
         """
-        if self._closed:
-            raise StoreError(f"{self.path}: this writer is closed; open another one")
+        self._refuse_closed()
         new: dict[str, StoredRow] = {}
         for row in rows:
             self._check(row)
@@ -137,16 +137,30 @@ class StoreWriter:
         if not self._filling.fits(batch):
             if table_bytes(batch) > MAX_COLUMN_BYTES:
                 raise StoreError(f"the columns of {len(batch)} rows take more than {MAX_COLUMN_BYTES >> 20} MiB")
-            if self._filling.ids:
-                self._hand_over()
-            if not self._filling.fits(batch):
-                self._filling = Arena(self.header, sum(len(row.token_ids) for row in batch))
-        for row in batch:
-            self._filling.add(row)
+            self._make_room(sum(len(row.token_ids) for row in batch))
+        self._filling.add(batch)
         self._taken |= new.keys()
         if self._filling.full and self._idle:
             self._hand_over()
         return len(batch)
+
+    def place(self, tokens: int) -> Shaped[Tensor, "l t d"]:
+        """Return memory for the residuals of the next batch, which `append` takes without a copy.
+
+        Rows that are views of it, one after another from its first token, are left where they are; any others, or in
+        another order, are copied as ever. It is the caller's until the next `append`, `place` or `flush`.
+
+        Args:
+            tokens: of all rows together.
+
+        Raises:
+            StoreError: the writer is closed.
+            OutputError: an earlier shard could not be written. Its rows are still in hand.
+        """
+        self._refuse_closed()
+        if self._filling.tokens + tokens > self._filling.capacity:
+            self._make_room(tokens)
+        return self._filling.place(tokens)
 
     def flush(self, wait: bool = True) -> None:
         """Seal the rows in hand. After an OutputError they are still in hand, and flushing again is sound.
@@ -232,6 +246,17 @@ class StoreWriter:
         if self._sealing is None:
             return self._full is None
         return self._sealing.done() and self._sealing.exception() is None
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise StoreError(f"{self.path}: this writer is closed; open another one")
+
+    def _make_room(self, tokens: int) -> None:
+        """Hand over the rows in hand, and have room for a batch, even one larger than a shard."""
+        if self._filling.ids:
+            self._hand_over()
+        if tokens > self._filling.capacity:
+            self._filling = Arena(self.header, tokens)
 
     def _hand_over(self) -> None:
         """Have the thread seal the rows in hand, once it is done with those before."""

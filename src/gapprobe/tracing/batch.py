@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,9 @@ from gapprobe.store.format import DTYPES, ROLES, StoredRow, Value
 from gapprobe.tasks.examples import Example
 from gapprobe.tracing.answers import Answer, Decoding, Ending, Picker, answers
 from gapprobe.tracing.positions import Position
-from gapprobe.tracing.tokens import TokenTable, plain_table, token_table
+from gapprobe.tracing.tokens import TokenTable, plain_table, token_tables
+
+Place = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,20 @@ class Batches:
     limit: int | None = field(default=None, init=False)
     _room: Room = field(default_factory=Room, init=False)
 
-    def rows(self, examples: Sequence[Example], ids: Sequence[str]) -> list[StoredRow]:
+    def rows(self, examples: Sequence[Example], ids: Sequence[str], place: Place | None = None) -> list[StoredRow]:
         """Return the row of each example; those that cannot be run have no tokens.
 
         Rows hold until the next batch, whose residuals take their place.
+
+        Args:
+            examples: the batch.
+            ids: of its rows.
+            place: gives memory for the residuals of so many tokens, `[l m d]`, where the rows would best lie. It is not
+                asked where nobody can tell yet where each row will begin: after answers, say.
         """
         failed: dict[int, StoredRow] = {}
         fine = self.prepare(examples, ids, failed)
-        found = failed | (self._answered(fine, examples, ids) if fine else {})
+        found = failed | (self._answered(fine, examples, ids, place) if fine else {})
         return [found[i] for i in range(len(examples))]
 
     def sizes(self, examples: Sequence[Example], ids: Sequence[str]) -> list[int]:
@@ -80,8 +88,7 @@ class Batches:
             each = (self.rows([example], [id_])[0] for example, id_ in zip(examples, ids, strict=True))
             return [len(row.token_ids) for row in each if row.columns["error"] is None]
         fine = self.prepare(examples, ids, {})
-        spoken = int((self._heard(len(self.model.starts), self.decoding.max_new_tokens) > 0).sum())
-        return [int((marks > 0).sum()) + spoken for marks in fine.marks] if fine else []
+        return [int((marks > 0).sum()) + self._most_heard for marks in fine.marks] if fine else []
 
     def prepare(self, examples: Sequence[Example], ids: Sequence[str], failed: dict[int, StoredRow]) -> Prompts | None:
         """Return the examples that can be run, None if there are none, and put the others into `failed`."""
@@ -146,19 +153,20 @@ class Batches:
         self, examples: Sequence[Example], media: Mapping[int, Medium | None], inputs: dict[str, Tensor]
     ) -> Prompts:
         ends_only = all(p.of in ("prompt", "answer") and p.part == slice(-1, None) for p in self.positions)
-        tables: list[TokenTable] = []
-        tokens = inputs["input_ids"].cpu()
-        for row, (i, medium) in enumerate(media.items()):
-            ids = tokens[row][inputs["attention_mask"][row].cpu().bool()].numpy()
-            if ends_only:
-                tables.append(plain_table(ids))
-                continue
-            boxes = None if medium is None else self.model.boxes(inputs, row, medium)
-            tables.append(token_table(self.model, examples[i].text, examples[i].spans, ids, boxes))
+        real = inputs["attention_mask"].cpu().bool().numpy()
+        ids = [tokens[there] for tokens, there in zip(inputs["input_ids"].cpu().numpy(), real, strict=True)]
+        if ends_only:
+            tables = [plain_table(tokens) for tokens in ids]
+        else:
+            each = enumerate(media.values())
+            boxes = [None if medium is None else self.model.boxes(inputs, row, medium) for row, medium in each]
+            tables = token_tables(self.model, [examples[i] for i in media], ids, boxes)
         marks = [_marks(len(table), [position.in_prompt(table) for position in self.positions]) for table in tables]
         return Prompts(tuple(media), inputs, tuple(tables), tuple(marks))
 
-    def _answered(self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str]) -> dict[int, StoredRow]:
+    def _answered(
+        self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str], place: Place | None
+    ) -> dict[int, StoredRow]:
         """Run the prompts, in halves and quarters where the memory does not hold them at once."""
         whole = range(len(prompts.numbers))
         size = min(self.limit or len(whole), len(whole))
@@ -169,7 +177,7 @@ class Batches:
             # Parts of a batch must not take each other's place.
             alone = len(part) == len(whole)
             some = prompts if alone else self._some(prompts, part, examples)
-            rows = self._run(some, examples, ids, self._room if alone else Room())
+            rows = self._run(some, examples, ids, self._space(prompts, place) if alone else None)
             if rows is not None:
                 found |= rows
                 start += size
@@ -196,8 +204,17 @@ class Batches:
             tuple(prompts.marks[k] for k in part),
         )
 
+    def _space(self, prompts: Prompts, place: Place | None) -> Tensor | None:
+        """Return memory for what is kept of the prompts; None where only the model knows how much that is."""
+        if self.site in IN_TOWER:
+            return None
+        tokens, pinned = sum(int((marks > 0).sum()) for marks in prompts.marks), self.model.hf.device.type == "cuda"
+        if place is not None and not self._most_heard and not pinned:
+            return place(tokens)
+        return self._room.take((len(self.layers), tokens, self.width), DTYPES[self.dtype][1], pinned)
+
     def _run(
-        self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str], room: Room
+        self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str], out: Tensor | None
     ) -> dict[int, StoredRow] | None:
         """Return the rows of prompts; None if they take more memory than there is."""
         try:
@@ -217,7 +234,7 @@ class Batches:
                 steps=ending.steps,
                 dtype=DTYPES[self.dtype][1],
                 site=self.site,
-                room=room,
+                out=out,
             )
         except (RuntimeError, MemoryError) as error:
             if not _lacks_memory(error):
@@ -277,6 +294,11 @@ class Batches:
                 torch.from_numpy(np.concatenate([marks[asked], heard[kept]])),
             )
         return rows
+
+    @property
+    def _most_heard(self) -> int:
+        """Return how many tokens of the longest answer are kept, with those before it."""
+        return int((self._heard(len(self.model.starts), self.decoding.max_new_tokens) > 0).sum())
 
     def _heard(self, lead: int, spoken: int) -> UInt8[np.ndarray, " t"]:
         """Return the marks of what the decoder read one by one: `lead` tokens before the answer, and the answer."""

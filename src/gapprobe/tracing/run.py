@@ -128,7 +128,7 @@ def capture(
                 if not wanted:
                     continue
                 # The whole batch, so that each row is what an uninterrupted run gives; the writer leaves out the rest.
-                writer.append(run.rows([examples[i] for i in batch], [ids[i] for i in batch]))
+                writer.append(run.rows([examples[i] for i in batch], [ids[i] for i in batch], writer.place))
                 bar.update(len(wanted))
                 if time.monotonic() - sealed > SEAL_SECONDS:
                     writer.flush(wait=False)

@@ -6,7 +6,7 @@ The prompt as text is tokenised once more, with the characters of each token, an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cached_property
@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 
 from gapprobe.models.model import Model
 from gapprobe.store.format import ROLES
+from gapprobe.tasks.examples import Example
 
 ROLE_NAMES = tuple(ROLES)
 
 
+# Tokens, and the first character of each with that behind its last.
+Told = tuple[Int[np.ndarray, " _"], Int[np.ndarray, "_ 2"]]
 # Roles of text, the later the stronger where a token touches two of them.
 TEXT_ROLES = ("other", "system", "question", "answer_cue", "reference", "entity")
 
@@ -71,29 +74,55 @@ class TokenTable:
         )
 
 
-def token_table(
+def token_tables(
     model: Model,
-    text: str,
-    spans: Mapping[str, Sequence[tuple[int, int]]],
-    ids: Int[np.ndarray, " t"],
-    boxes: Float[np.ndarray, "k 4"] | None,
-) -> TokenTable:
-    """Return what the tokens of one prompt are.
+    examples: Sequence[Example],
+    ids: Sequence[Int[np.ndarray, " _"]],
+    boxes: Sequence[Float[np.ndarray, "_ 4"] | None],
+) -> list[TokenTable]:
+    """Return what the tokens of some prompts are.
 
     Args:
         model: the model, for its processor.
-        text: the prompt's text as the user gave it.
-        spans: roles of stretches of it, as in `Example`.
-        ids: the tokens that the model reads, unpadded.
-        boxes: places of the image tokens, in their order; None where they have none, and without a picture.
+        examples: the prompts as the user gave them.
+        ids: of each, the tokens that the model reads, unpadded.
+        boxes: of each, places of the image tokens, in their order; None where they have none, and without a picture.
     """
+    media = -1 if model.media_token_id is None else model.media_token_id
+    prompts = [
+        model.render(example.text, with_image=media in tokens) for example, tokens in zip(examples, ids, strict=True)
+    ]
+    told = _told(model, prompts)
+    return [_table(model, *each) for each in zip(examples, ids, boxes, prompts, told, strict=True)]
+
+
+def _told(model: Model, prompts: Sequence[str]) -> list[Told]:
+    """Return the tokens of some rendered prompts, and from which character to which each of them goes."""
+    found = dict[int, Told]()
+    for begun in (True, False):
+        some = [i for i, prompt in enumerate(prompts) if model.begun(prompt) is begun]
+        if some:
+            told = cast(Any, model.tokenizer)(
+                [prompts[i] for i in some], return_offsets_mapping=True, add_special_tokens=not begun
+            )
+            each = zip(some, told["input_ids"], told["offset_mapping"], strict=True)
+            found |= {i: (np.array(tokens), np.array(offsets).reshape(-1, 2)) for i, tokens, offsets in each}
+    return [found[i] for i in range(len(prompts))]
+
+
+def _table(
+    model: Model,
+    example: Example,
+    ids: Int[np.ndarray, " t"],
+    boxes: Float[np.ndarray, "k 4"] | None,
+    prompt: str,
+    told: Told,
+) -> TokenTable:
     media = ids == (-1 if model.media_token_id is None else model.media_token_id)
     roles = np.zeros(len(ids), dtype=np.uint8)
     roles[media] = ROLES["query" if model.family.queries else "audio" if model.family.modality == "audio" else "image"]
-    prompt = model.render(text, with_image=bool(media.any()))
-    told = cast(Any, model.tokenizer)(prompt, return_offsets_mapping=True, add_special_tokens=not model.begun(prompt))
-    theirs, offsets = np.array(told["input_ids"]), np.array(told["offset_mapping"]).reshape(-1, 2)
-    written = _written(model, prompt, text, spans, with_image=bool(media.any()))
+    theirs, offsets = told
+    written = _written(model, prompt, example, with_image=bool(media.any()))
     ours, words = np.flatnonzero(~media), np.flatnonzero(theirs != model.media_token_id)
     strongest = _strongest(written, offsets)
     # Image tokens apart, both are the same tokens but for what processors add: separators, a newline at the end.
@@ -134,10 +163,9 @@ def _strongest(written: UInt8[np.ndarray, " c"], offsets: Int[np.ndarray, "w 2"]
     return np.where(offsets[:, 0] < offsets[:, 1], largest, 0).astype(np.uint8)
 
 
-def _written(
-    model: Model, prompt: str, text: str, spans: Mapping[str, Sequence[tuple[int, int]]], *, with_image: bool
-) -> UInt8[np.ndarray, " c"]:
+def _written(model: Model, prompt: str, example: Example, *, with_image: bool) -> UInt8[np.ndarray, " c"]:
     """Return the role of every character of the rendered prompt, as a number of `TEXT_ROLES`."""
+    text = example.text
     start, end = model.text_start(with_image=with_image), len(text)
     if start is None:
         return np.zeros(len(prompt), dtype=np.uint8)
@@ -147,7 +175,7 @@ def _written(
     written = np.full(len(prompt), TEXT_ROLES.index("answer_cue"), dtype=np.uint8)
     written[: max(start, 0)] = TEXT_ROLES.index("system")
     written[max(start, 0) : start + end] = TEXT_ROLES.index("question")
-    for role, stretches in spans.items():
+    for role, stretches in example.spans.items():
         for a, b in stretches:
             written[max(start + a, 0) : max(start + min(b, end), 0)] = TEXT_ROLES.index(role)
     return written
