@@ -658,7 +658,7 @@ class Gapprobe(Contestant):
         model, hf = subject.model, subject.copied()
         self.model = Encoded(hf, model.processor, model.family, model.source, model.revision, model.files, ready=ready)
         self._run = import_module("gapprobe.tracing.run")
-        self._batches = import_module("gapprobe.tracing.batch").Batches
+        self._need = import_module("gapprobe.tracing.plan").Need
         self.before = Cost(0.0, 0.0, 0)
         """What the last run took before its first batch."""
 
@@ -679,18 +679,18 @@ class Gapprobe(Contestant):
     def measured(self, task: Task, folder: Path, memory: int) -> tuple[Any, Cost]:
         """Count from the first batch on."""
         times: list[tuple[float, float]] = []
-        rows, passed = self._batches.rows, SimpleNamespace(require=lambda: None)
+        require, passed = self._need.require, SimpleNamespace(require=lambda: None)
 
-        def watched(batches: Any, *arguments: Any) -> Any:
-            if len(times) == 1:
-                times.append((time.perf_counter(), time.process_time()))
-            return rows(batches, *arguments)
+        def watched(need: Any, *arguments: Any) -> None:
+            # The last thing before the first batch.
+            require(need, *arguments)
+            times.append((time.perf_counter(), time.process_time()))
 
         def work() -> Any:
             times.append((time.perf_counter(), time.process_time()))
             return self.run(task, folder)
 
-        with patch.object(self._batches, "rows", watched), patch.object(self._run, "check_model", lambda _: passed):
+        with patch.object(self._need, "require", watched), patch.object(self._run, "check_model", lambda _: passed):
             store, cost = timed(work, memory)
         self.before = Cost(times[1][0] - times[0][0], times[1][1] - times[0][1], 0)
         return store, Cost(

@@ -1,5 +1,6 @@
 import io
 import shutil
+import threading
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from gapprobe.tracing import batch as batch_module
 from gapprobe.tracing.answers import Decoding
 from gapprobe.tracing.plan import row_ids
 from gapprobe.tracing.positions import Positions, parse_positions
+from gapprobe.tracing.prompts import Preparation
 from gapprobe.tracing.run import capture
 from tests.models.kinds import KINDS, WITH_IMAGE, fresh, loaded
 from tests.models.tiny import LAYERS, WIDTH, image
@@ -404,6 +406,50 @@ def test_residuals_of_prompts_alone_are_never_copied(
     again = taken(model, wanted, half, **asked)
     assert copied
     assert content(again) == content(store)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_prepared_beside_the_model_are_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, wanted = loaded(kind), [*examples(24), *BAD]
+    if kind not in WITH_IMAGE:
+        wanted = [Example(example.text) for example in wanted]
+    asked: dict[str, Any] = {"positions": ["all"], "batch_size": 3, "max_new_tokens": 3}
+    alone = content(taken(model, wanted, tmp_path / "alone", **asked))
+    threads = set[str]()
+    real = Preparation.__call__
+    monkeypatch.setattr(
+        Preparation, "__call__", lambda self, some: (threads.add(threading.current_thread().name), real(self, some))[1]
+    )
+    # Only on a GPU does the processor have time of its own; that it may have it is the same everywhere.
+    monkeypatch.setattr(run_module, "_beside", lambda _: True)
+    assert content(taken(model, wanted, tmp_path / "beside", **asked)) == alone
+    assert any(name.startswith("gapprobe-ahead") for name in threads)
+
+
+def test_an_error_beside_the_model_ends_the_run_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, wanted = loaded("llava-llama"), examples(12)
+    whole = content(taken(model, wanted, tmp_path / "whole"))
+    monkeypatch.setattr(run_module, "_beside", lambda _: True)
+    real, calls = Preparation.__call__, list[int]()
+
+    def failing(self: Preparation, some: Any) -> Any:
+        calls.append(1)
+        # One sizes up the run, and so one of a batch comes third.
+        if len(calls) == 4:
+            raise ConfigError("a user's own function")
+        return real(self, some)
+
+    monkeypatch.setattr(Preparation, "__call__", failing)
+    with pytest.raises(ConfigError, match="own function"):
+        taken(model, wanted, tmp_path / "acts")
+    half = open_store(tmp_path / "acts")
+    assert 0 < len(half) < len(whole)
+    monkeypatch.setattr(Preparation, "__call__", real)
+    assert content(taken(model, wanted, tmp_path / "acts")) == whole
 
 
 def test_drawn_answers_do_not_depend_on_the_batch(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One batch: from examples to the rows of the store. What cannot be run becomes a row that says why."""
+"""One batch: the model is run on what was prepared, and the rows of the store are made of what it said and showed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import gc
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from numpy.typing import NDArray
 from torch import Tensor
 
-from gapprobe.errors import DataError
-from gapprobe.models.model import Medium, Model
+from gapprobe.models.model import Model
 from gapprobe.models.offload import Room
 from gapprobe.models.sites import IN_TOWER, Site
 from gapprobe.models.trace import Traced, trace
@@ -22,20 +21,9 @@ from gapprobe.store.format import DTYPES, ROLES, StoredRow, Value
 from gapprobe.tasks.examples import Example
 from gapprobe.tracing.answers import Answer, Decoding, Ending, Picker, answers
 from gapprobe.tracing.positions import Position
-from gapprobe.tracing.tokens import TokenTable, plain_table, token_tables
+from gapprobe.tracing.prompts import Failure, Preparation, Prepared, Prompts, marked
 
 Place = Callable[[int], Tensor]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The examples of a batch that can be run: their tensors, and what their tokens are."""
-
-    numbers: tuple[int, ...]
-    inputs: dict[str, Tensor]
-    tables: tuple[TokenTable, ...]
-    marks: tuple[NDArray[np.uint8], ...]
-    """By example and token, bit i is set where position i chose the token."""
 
 
 @dataclass
@@ -63,7 +51,18 @@ class Batches:
     limit: int | None = field(default=None, init=False)
     _room: Room = field(default_factory=Room, init=False)
 
-    def rows(self, examples: Sequence[Example], ids: Sequence[str], place: Place | None = None) -> list[StoredRow]:
+    @cached_property
+    def preparation(self) -> Preparation:
+        """Return what is made of examples before the model reads them."""
+        return Preparation(self.model, self.positions, self.decoding.max_new_tokens, self.site)
+
+    def rows(
+        self,
+        examples: Sequence[Example],
+        ids: Sequence[str],
+        prepared: Prepared | None = None,
+        place: Place | None = None,
+    ) -> list[StoredRow]:
         """Return the row of each example; those that cannot be run have no tokens.
 
         Rows hold until the next batch, whose residuals take their place.
@@ -71,12 +70,14 @@ class Batches:
         Args:
             examples: the batch.
             ids: of its rows.
+            prepared: what `preparation` made of the batch, if that is done already.
             place: gives memory for the residuals of so many tokens, `[l m d]`, where the rows would best lie. It is not
                 asked where nobody can tell yet where each row will begin: after answers, say.
         """
-        failed: dict[int, StoredRow] = {}
-        fine = self.prepare(examples, ids, failed)
-        found = failed | (self._answered(fine, examples, ids, place) if fine else {})
+        prepared = prepared or self.preparation(examples)
+        found = {i: self._failed(ids[i], examples[i], failure) for i, failure in prepared.failed.items()}
+        if prepared.prompts:
+            found |= self._answered(prepared.prompts, examples, ids, place)
         return [found[i] for i in range(len(examples))]
 
     def sizes(self, examples: Sequence[Example], ids: Sequence[str]) -> list[int]:
@@ -87,82 +88,8 @@ class Batches:
         if self.site in IN_TOWER:
             each = (self.rows([example], [id_])[0] for example, id_ in zip(examples, ids, strict=True))
             return [len(row.token_ids) for row in each if row.columns["error"] is None]
-        fine = self.prepare(examples, ids, {})
+        fine = self.preparation(examples).prompts
         return [int((marks > 0).sum()) + self._most_heard for marks in fine.marks] if fine else []
-
-    def prepare(self, examples: Sequence[Example], ids: Sequence[str], failed: dict[int, StoredRow]) -> Prompts | None:
-        """Return the examples that can be run, None if there are none, and put the others into `failed`."""
-        media: dict[int, Medium | None] = {}
-        for i, example in enumerate(examples):
-            kind = "prompt"
-            try:
-                self.model.refuse_text(example.text)
-                kind = "sound" if example.sound else "image"
-                if example.medium is None and self.site in IN_TOWER:
-                    raise DataError(
-                        f"there is no picture or sound, and without one the site {self.site!r} does not run"
-                    )
-                medium = example.medium.load() if example.medium else None
-                if medium is not None:
-                    self.model.refuse_medium(medium)
-                media[i] = medium
-            except DataError as error:
-                failed[i] = self._failed(ids[i], example, str(error), kind)
-        inputs = self._encode(examples, ids, media, failed)
-        if inputs is None:
-            return None
-        reasons = self.model.unfit(inputs, self.decoding.max_new_tokens)
-        if any(reasons):
-            lengths = inputs["attention_mask"].sum(1).tolist()
-            for i, length, reason in zip(list(media), lengths, reasons, strict=True):
-                if reason is not None:
-                    failed[i] = self._failed(ids[i], examples[i], reason, "prompt", length)
-                    del media[i]
-            inputs = self._encode(examples, ids, media, failed)
-        return None if inputs is None else self._prompts(examples, media, inputs)
-
-    def _encode(
-        self,
-        examples: Sequence[Example],
-        ids: Sequence[str],
-        media: dict[int, Medium | None],
-        failed: dict[int, StoredRow],
-    ) -> dict[str, Tensor] | None:
-        """Return the tensors of the examples in `media`; who spoils them moves to `failed`."""
-
-        def encoded(numbers: Sequence[int]) -> dict[str, Tensor]:
-            some = [medium for i in numbers if (medium := media[i]) is not None]
-            return self.model.encode([examples[i].text for i in numbers], some or None)
-
-        if not media:
-            return None
-        # Processors answer pictures they cannot use (an edge of one pixel, say) with nearly any exception.
-        try:
-            return encoded(list(media))
-        except Exception:
-            for i in list(media):
-                try:
-                    encoded([i])
-                except Exception as error:
-                    told = f"the processor cannot use it: {type(error).__name__}: {error}"
-                    failed[i] = self._failed(ids[i], examples[i], told, "processor")
-                    del media[i]
-        return encoded(list(media)) if media else None
-
-    def _prompts(
-        self, examples: Sequence[Example], media: Mapping[int, Medium | None], inputs: dict[str, Tensor]
-    ) -> Prompts:
-        ends_only = all(p.of in ("prompt", "answer") and p.part == slice(-1, None) for p in self.positions)
-        real = inputs["attention_mask"].cpu().bool().numpy()
-        ids = [tokens[there] for tokens, there in zip(inputs["input_ids"].cpu().numpy(), real, strict=True)]
-        if ends_only:
-            tables = [plain_table(tokens) for tokens in ids]
-        else:
-            each = enumerate(media.values())
-            boxes = [None if medium is None else self.model.boxes(inputs, row, medium) for row, medium in each]
-            tables = token_tables(self.model, [examples[i] for i in media], ids, boxes)
-        marks = [_marks(len(table), [position.in_prompt(table) for position in self.positions]) for table in tables]
-        return Prompts(tuple(media), inputs, tuple(tables), tuple(marks))
 
     def _answered(
         self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str], place: Place | None
@@ -183,8 +110,9 @@ class Batches:
                 start += size
             elif len(part) == 1:
                 i = prompts.numbers[start]
-                told = f"the memory does not hold this example alone ({len(prompts.tables[start])} tokens)"
-                found[i] = self._failed(ids[i], examples[i], told, "memory", len(prompts.tables[start]))
+                length = len(prompts.tables[start])
+                told = f"the memory does not hold this example alone ({length} tokens)"
+                found[i] = self._failed(ids[i], examples[i], Failure(told, "memory", length))
                 start += 1
             else:
                 size = self.limit = (len(part) + 1) // 2
@@ -304,7 +232,7 @@ class Batches:
         """Return the marks of what the decoder read one by one: `lead` tokens before the answer, and the answer."""
         first = [np.arange(lead) if position.of in ("start", "all") else _NONE for position in self.positions]
         then = [position.in_answer(spoken) + lead for position in self.positions]
-        return _marks(lead + spoken, [np.concatenate(both) for both in zip(first, then, strict=True)])
+        return marked(lead + spoken, [np.concatenate(both) for both in zip(first, then, strict=True)])
 
     def _in_tower(self, id_: str, columns: dict[str, Value], traced: Traced) -> StoredRow:
         """Return the row of a picture's tokens as the tower, the bridge or the Q-Former has them."""
@@ -320,22 +248,18 @@ class Batches:
             torch.ones(size, dtype=torch.uint8),
         )
 
-    def _failed(self, id_: str, example: Example, error: str, kind: str, length: int | None = None) -> StoredRow:
-        found: dict[str, Value] = {"error": error, "error_kind": kind, "n_input_tokens": length}
+    def _failed(self, id_: str, example: Example, failure: Failure) -> StoredRow:
+        found: dict[str, Value] = {
+            "error": failure.error,
+            "error_kind": failure.kind,
+            "n_input_tokens": failure.tokens,
+        }
         residual = torch.empty(len(self.layers), 0, self.width, dtype=DTYPES[self.dtype][1])
         numbers, codes = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
         return StoredRow(id_, _columns(example, found), residual, numbers, numbers, codes, codes)
 
 
 _NONE = np.empty(0, dtype=np.int64)
-
-
-def _marks(size: int, chosen: Sequence[NDArray[np.int64]]) -> UInt8[np.ndarray, " t"]:
-    """Return by token which positions chose it: bit i is set for position i."""
-    marks = np.zeros(size, dtype=np.uint8)
-    for number, tokens in enumerate(chosen):
-        marks[tokens] |= 1 << number
-    return marks
 
 
 def _lacks_memory(error: BaseException) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -21,10 +23,12 @@ from gapprobe.store.format import DTYPES, StoreHeader
 from gapprobe.store.reader import Store, open_store
 from gapprobe.store.writer import StoreWriter
 from gapprobe.tasks.examples import Example
+from gapprobe.tracing.ahead import ahead
 from gapprobe.tracing.answers import Decoding
 from gapprobe.tracing.batch import Batches
 from gapprobe.tracing.plan import Need, batches, row_ids
 from gapprobe.tracing.positions import Position, Positions, parse_positions
+from gapprobe.tracing.prompts import Prepared
 from gapprobe.tracing.tokens import TEXT_ROLES
 
 # A killed run loses at most the work of this many seconds, and what is being written.
@@ -119,21 +123,33 @@ def capture(
         name = f"capture {model.family.name}"
         bar = tqdm(total=total, initial=total - len(missing), unit="row", desc=name, disable=not progress)
         sealed = time.monotonic()
-        with bar:
+        # Whole batches, so that each row is what an uninterrupted run gives; the writer leaves out what it has.
+        plan = [batch for batch in plan if any(ids[i] not in stored for i in batch)]
+        with bar, closing(_prepared(run, plan, examples)) as coming:
             if missing and progress:
                 # How long it takes the bar says from the first batch on.
                 bar.write(f"{name}: {need.what}, about {told_bytes(need.bytes)}", file=sys.stderr)
-            for batch in plan:
-                wanted = [i for i in batch if ids[i] not in stored]
-                if not wanted:
-                    continue
-                # The whole batch, so that each row is what an uninterrupted run gives; the writer leaves out the rest.
-                writer.append(run.rows([examples[i] for i in batch], [ids[i] for i in batch], writer.place))
-                bar.update(len(wanted))
+            for batch, prepared in zip(plan, coming, strict=True):
+                some = [examples[i] for i in batch]
+                writer.append(run.rows(some, [ids[i] for i in batch], prepared, writer.place))
+                bar.update(sum(ids[i] not in stored for i in batch))
                 if time.monotonic() - sealed > SEAL_SECONDS:
                     writer.flush(wait=False)
                     sealed = time.monotonic()
     return open_store(out)
+
+
+def _prepared(run: Batches, plan: Sequence[Sequence[int]], examples: Sequence[Example]) -> Generator[Prepared | None]:
+    """Yield the batches of a plan, each prepared while a GPU has the one before; on a CPU None, for it has no time."""
+    if not _beside(run.model):
+        yield from repeat(None, len(plan))
+        return
+    yield from ahead(run.preparation.apart(), ([examples[i] for i in batch] for batch in plan))
+
+
+def _beside(model: Model) -> bool:
+    """Return whether batches are prepared while the model runs."""
+    return model.hf.device.type != "cpu"
 
 
 def header_of(run: Batches) -> StoreHeader:
