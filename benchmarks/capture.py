@@ -424,10 +424,10 @@ def benchmark(options: Options) -> dict[str, Any]:
     chosen = [each for each in CONTESTANTS if not options.only or each.name in {*options.only, *always}]
     left_out = {each.name: reason for each in chosen if (reason := _missing(each))}
     contestants = [each for each in chosen if each.name not in left_out]
+    options.folder.mkdir(parents=True, exist_ok=True)
     described, begun = machine(options.folder), time.perf_counter()
     count = {"smollm2": 1 if options.quick else 6}
     shapes: dict[str, dict[str, Any]] = {}
-    options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gapprobe-benchmark-", dir=options.folder) as inside:
         run = Benchmark(Path(inside).resolve(), contestants, options.runs or (2 if options.quick else 5))
         for name in options.models or SUBJECTS:
