@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from gapprobe.errors import DataError
+from gapprobe.kernels.preconditioner import FEWEST, TOGETHER
 from gapprobe.probes.reading import Reading
 from gapprobe.probes.room import Need
 from gapprobe.probes.sweep import sweep_probes
@@ -106,6 +107,18 @@ def test_the_estimate_grows_with_what_is_asked_for(large):
     many = need_of(store, layers=[0, 1], permutations=1000)
     most = need_of(store, layers=[0, 1], permutations=2000)
     assert most.layer - many.layer == 8 * 1000 * ROWS * 6
+
+
+def test_hessians_that_folds_share_are_counted_where_rows_are_many_enough_for_them(tmp_path):
+    def need(rows: int) -> int:
+        rng = np.random.default_rng(0)
+        labels = pd.DataFrame({"right": rng.random(rows) < 0.5}, index=[f"r{i}" for i in range(rows)])
+        x = rng.normal(size=(rows, 1, WIDTH)).astype(np.float32)
+        return need_of(import_activations(tmp_path / str(rows), x, labels)).layer
+
+    few, many, more = (need(FEWEST * WIDTH + i) for i in (-8, 0, 8))
+    # Three folds each of the probe, its shuffled labels and three controls, at six strengths.
+    assert many - few == more - many + 8 * min(15 * 6 * WIDTH**2, TOGETHER)
 
 
 def test_jobs_are_fewer_where_memory_holds_fewer_and_none_is_refused_with_the_figures():

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ from gapprobe.store import writer as writer_module
 from gapprobe.store.care.repairing import repair_store
 from gapprobe.store.care.verify import verify_store
 from gapprobe.store.reader import open_store
-from gapprobe.store.table import build_table, read_table, row_schema
+from gapprobe.store.table import build_table, kind_of, read_table, row_schema
 from gapprobe.store.writer import StoreWriter
 from tests.store.rows import HEADER, equal, holds, make_row, reheaded, some_rows, write
 
@@ -220,6 +222,38 @@ def test_a_column_of_two_types_in_one_batch_is_refused_by_name(tmp_path):
     rows = [dataclasses.replace(make_row(str(x), 1), columns={"x": x}) for x in (1, "one")]
     with StoreWriter(tmp_path, HEADER) as writer, pytest.raises(StoreError, match="x.*one type in all rows"):
         writer.append(rows)
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**65), 2**65), st.floats(), st.text(max_size=3), st.just("\ud800")
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.one_of(VALUES, st.lists(VALUES, max_size=3), st.lists(st.lists(VALUES, max_size=2), max_size=2)), st.data())
+def test_what_is_known_of_a_kind_holds_for_all_its_values(value, data):
+    kind = kind_of(value)
+    if kind is None:
+        return
+    found = pa.scalar(value).type  # raises for what no table can hold
+    like = data.draw(st.one_of(VALUES, st.lists(VALUES, max_size=3)).filter(lambda other: kind_of(other) == kind))
+    assert pa.scalar(like).type == found
+
+
+def test_columns_of_a_kind_seen_before_are_not_looked_at_again(tmp_path, monkeypatch):
+    asked, real = [], writer_module.row_schema
+    monkeypatch.setattr(writer_module, "row_schema", lambda columns: asked.append(dict(columns)) or real(columns))
+    rows = [dataclasses.replace(make_row(str(i), 1), columns={"s": "a", "n": i, "l": [0.5] * i}) for i in range(9)]
+    with StoreWriter(tmp_path, HEADER) as writer:
+        writer.append(rows[:3])
+        asked.clear()
+        writer.append(rows[3:])
+        assert not any(asked)
+        # Others of the same columns are: a kind that is new, and what arrow alone can tell.
+        for changed_to in ({"s": None}, {"s": "é"}, {"n": 2**63 - 1, "s": "\ud800"}):
+            with suppress(StoreError):
+                writer.append([dataclasses.replace(make_row(f"{changed_to}", 1), columns=changed_to)])
+            assert "s" in asked[-1]
 
 
 @pytest.mark.parametrize("columns", [{"id": "b"}, {"x": 2**70}, {"x": "\ud800"}])

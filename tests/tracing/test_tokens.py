@@ -6,6 +6,7 @@ import pytest
 from gapprobe.models.model import Model
 from gapprobe.store.format import ROLES
 from gapprobe.tasks.examples import Example, Span, mentions
+from gapprobe.tracing import tokens as tokens_module
 from gapprobe.tracing.tokens import ROLE_NAMES, TokenTable, token_tables
 from tests.models.kinds import KINDS, WITH_MEDIA, fresh, loaded, media
 
@@ -55,6 +56,17 @@ def test_roles_in_every_family(kind: str, with_image: bool) -> None:
     boxed = (found.boxes[:, 2] > found.boxes[:, 0]) & (found.boxes[:, 3] > found.boxes[:, 1])
     assert boxed.any() == (with_image and bool(model.family.layout))
     assert not boxed[~media].any()
+
+
+@pytest.mark.parametrize("kind", ["llama-llama", "gemma-gemma", "gpt2-gpt2", "qwen2-qwen2"])
+def test_a_prompt_of_words_alone_is_told_token_for_token(kind: str) -> None:
+    # Those of a template that begins with the token of the beginning, and those that the tokenizer puts it before.
+    model = loaded(kind)
+    texts = ["Is it?", TEXT]
+    told = tokens_module._told(model, [model.render(text, with_image=False) for text in texts])
+    for text, (tokens, offsets) in zip(texts, told, strict=True):
+        assert tokens.tolist() == model.encode([text])["input_ids"][0].tolist()
+        assert len(offsets) == len(tokens)
 
 
 def test_a_text_that_the_template_strips() -> None:

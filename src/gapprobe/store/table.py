@@ -34,6 +34,7 @@ from gapprobe.store.shard import TOKEN_TENSORS, Shard, layer_names, open_shard
 ID = "id"
 # No honest table comes near it; what it would unpack to is refused before it fills the memory.
 MAX_TABLE_BYTES = 1 << 30
+_SCALARS = {str, int, float, bool, type(None)}
 # What a row's value can be, by itself or in lists.
 _PLAIN = (pa.types.is_string, pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 
@@ -99,6 +100,21 @@ def row_schema(columns: Mapping[str, Value]) -> pa.Schema:
             kinds = "numbers, text, truth values, and lists of them"
             raise StoreError(f"column {name!r} cannot be stored: it is of type {fields[-1][1]}; rows hold {kinds}")
     return pa.schema(fields)
+
+
+def kind_of(value: object) -> object | None:
+    """Return what settles the type of a value in a table, and that a table can hold it; None where that takes arrow.
+
+    Asking arrow for each value of each row takes longer than storing them.
+    """
+    if type(value) is list:
+        kinds = {kind_of(item) for item in value}
+        return (list, *kinds) if len(kinds) <= 1 and kinds <= _SCALARS else None
+    if type(value) is int:
+        return int if -(1 << 63) <= value < 1 << 63 else None
+    if type(value) is str:
+        return str if value.isascii() else None
+    return type(value) if type(value) in _SCALARS else None
 
 
 def _is_plain(kind: pa.DataType) -> bool:

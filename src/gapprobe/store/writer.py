@@ -47,6 +47,7 @@ from gapprobe.store.table import (
     build_table,
     decode_table,
     encode_table,
+    kind_of,
     merge_schemas,
     read_table,
     row_schema,
@@ -89,6 +90,7 @@ class StoreWriter:
         self._manifest: tuple[int, int] | None = None
         self._schema = pa.schema([(ID, pa.string())])
         self._types: dict[str, set[pa.DataType]] = {}
+        self._kinds: dict[str, set[object]] = {}
         self._capacity = max(1, shard_bytes // token_bytes(header))
         self._full: Arena | None = None
         self._spare: Arena | None = None
@@ -403,16 +405,19 @@ class StoreWriter:
 
     def _check_columns(self, batch: Sequence[StoredRow]) -> None:
         """Raise StoreError unless each column keeps its type; learn new ones."""
-        found = {
-            field
-            for row in batch
-            for field in row_schema(row.columns)
-            if field.type not in self._types.get(field.name, ())
-        }
+        found: set[pa.Field] = set()
+        kinds: set[tuple[str, object]] = set()
+        for row in batch:
+            each = {name: kind_of(value) for name, value in row.columns.items()}
+            new = {name: row.columns[name] for name, kind in each.items() if kind not in self._kinds.get(name, ())}
+            found.update(field for field in row_schema(new) if field.type not in self._types.get(field.name, ()))
+            kinds.update((name, each[name]) for name in new if each[name] is not None)
         if found:
             self._learn_schema(*(pa.schema([field]) for field in found))
             for field in found:
                 self._types.setdefault(field.name, set()).add(field.type)
+        for name, kind in kinds:
+            self._kinds.setdefault(name, set()).add(kind)
 
     def _locked(self) -> AbstractContextManager[bool]:
         return disk.exclusive(self.path / LOCK_FILE)

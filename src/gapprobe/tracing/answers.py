@@ -196,6 +196,8 @@ def _before_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
 
 def answers(model: Model, picker: Picker) -> list[Answer]:
     """Return the answer of each row that a picker picked."""
+    if not picker.decoding.max_new_tokens:
+        return [Answer("", ())] * len(picker.tokens)
     found: list[Answer] = []
     for tokens, log_probs in zip(picker.tokens, picker.log_probs, strict=True):
         answer = cut(model.tokenizer, tokens[: picker.decoding.max_new_tokens], model.end_tokens, picker.decoding.stop)

@@ -71,8 +71,7 @@ class Batches:
             examples: the batch.
             ids: of its rows.
             prepared: what `preparation` made of the batch, if that is done already.
-            place: gives memory for the residuals of so many tokens, `[l m d]`, where the rows would best lie. It is not
-                asked where nobody can tell yet where each row will begin: after answers, say.
+            place: gives memory for the residuals of so many tokens, `[l m d]`, where the rows would best lie.
         """
         prepared = prepared or self.preparation(examples)
         found = {i: self._failed(ids[i], examples[i], failure) for i, failure in prepared.failed.items()}
@@ -89,7 +88,8 @@ class Batches:
             each = (self.rows([example], [id_])[0] for example, id_ in zip(examples, ids, strict=True))
             return [len(row.token_ids) for row in each if row.columns["error"] is None]
         fine = self.preparation(examples).prompts
-        return [int((marks > 0).sum()) + self._most_heard for marks in fine.marks] if fine else []
+        heard = int((self._heard(len(self.model.starts), self.decoding.max_new_tokens) > 0).sum())
+        return [int((marks > 0).sum()) + heard for marks in fine.marks] if fine else []
 
     def _answered(
         self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str], place: Place | None
@@ -137,7 +137,7 @@ class Batches:
         if self.site in IN_TOWER:
             return None
         tokens, pinned = sum(int((marks > 0).sum()) for marks in prompts.marks), self.model.hf.device.type == "cuda"
-        if place is not None and not self._most_heard and not pinned:
+        if place is not None and not pinned:
             return place(tokens)
         return self._room.take((len(self.layers), tokens, self.width), DTYPES[self.dtype][1], pinned)
 
@@ -222,11 +222,6 @@ class Batches:
                 torch.from_numpy(np.concatenate([marks[asked], heard[kept]])),
             )
         return rows
-
-    @property
-    def _most_heard(self) -> int:
-        """Return how many tokens of the longest answer are kept, with those before it."""
-        return int((self._heard(len(self.model.starts), self.decoding.max_new_tokens) > 0).sum())
 
     def _heard(self, lead: int, spoken: int) -> UInt8[np.ndarray, " t"]:
         """Return the marks of what the decoder read one by one: `lead` tokens before the answer, and the answer."""
