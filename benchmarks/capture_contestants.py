@@ -625,10 +625,12 @@ class Encoded(Model):
 
     ready: dict[tuple[str | int, ...], Inputs] = field(default_factory=dict, repr=False)
 
-    def encode(self, texts: Sequence[str], images: Sequence[PIL.Image.Image] | None = None) -> Inputs:
+    def encode(
+        self, texts: Sequence[str], media: Sequence[Any] | None = None, *, device: torch.device | str | None = None
+    ) -> Inputs:
         """Return the tensors of a batch, from the shelf where they are on it."""
-        found = self.ready.get(key_of(texts, images or ()))
-        return dict(found) if found else super().encode(texts, images)
+        found = self.ready.get(key_of(texts, media or ()))
+        return dict(found) if found else super().encode(texts, media, device=device)
 
 
 def key_of(texts: Sequence[str], images: Sequence[PIL.Image.Image]) -> tuple[str | int, ...]:

@@ -150,6 +150,15 @@ def test_residuals_laid_in_their_place_are_not_copied(tmp_path, monkeypatch, sha
     assert holds(tmp_path, [*rows, make_row("another", 2)])
 
 
+def test_every_other_residual_of_the_place_is_not_in_its_place(tmp_path):
+    row = make_row("a", 3)
+    with StoreWriter(tmp_path, HEADER) as writer:
+        place = writer.place(6)
+        place[:, ::2].copy_(row.residual)
+        writer.append([dataclasses.replace(row, residual=place[:, ::2])])
+    assert holds(tmp_path, [row])
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.data())
 def test_residuals_laid_anywhere_are_stored_as_they_are(lengths, data):

@@ -3,6 +3,7 @@ import shutil
 import threading
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -426,6 +427,48 @@ def test_batches_prepared_beside_the_model_are_the_same(
     monkeypatch.setattr(run_module, "_beside", lambda _: True)
     assert content(taken(model, wanted, tmp_path / "beside", **asked)) == alone
     assert any(name.startswith("gapprobe-ahead") for name in threads)
+
+
+def test_nothing_is_prepared_in_the_memory_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It is full while the model runs, and what fails there would be taken for a picture that cannot be used.
+    model, devices, real = loaded("llava-llama"), list[object](), Model.encode
+
+    def encode(self: Model, *args: Any, **options: Any) -> Any:
+        devices.append(options.get("device"))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Model, "encode", encode)
+    monkeypatch.setattr(run_module, "check_model", lambda _: SimpleNamespace(require=lambda: None))
+    small = TooMany(2, MemoryError())
+    monkeypatch.setattr(batch_module, "trace", small)
+    with pytest.warns(UserWarning, match="does not hold"):
+        taken(model, examples(12), tmp_path / "acts")
+    assert set(devices) == {"cpu"}
+
+
+def test_a_batch_whose_place_the_memory_does_not_hold_is_halved() -> None:
+    model, wanted = loaded("llava-llama"), [e for e in examples(6) if e.image]
+    run = batch_module.Batches(
+        model, (0, 1), parse_positions(["prompt"]), Decoding(0, ()), "float32", "residual", WIDTH
+    )
+
+    def place(_: int) -> torch.Tensor:
+        raise MemoryError
+
+    ids = ids_of(wanted)
+    with pytest.warns(UserWarning, match="does not hold 4 rows at once; from here 2 are run"):
+        found = run.rows(wanted, ids, None, place)
+    assert all(row.columns["error"] is None for row in found)
+    whole = run.rows(wanted, ids)
+    assert all(map(torch.equal, (a.residual for a in found), (b.residual for b in whole)))
+
+
+def test_a_preparation_apart_shares_the_model_and_no_processor() -> None:
+    model = loaded("llava-llama")
+    apart = Preparation(model, parse_positions(["prompt"]), 0, "residual").apart().model
+    assert apart.hf is model.hf
+    assert apart.tokenizer is not model.tokenizer
+    assert apart.processor_fingerprint == model.processor_fingerprint
 
 
 def test_an_error_beside_the_model_ends_the_run_and_loses_nothing(

@@ -257,12 +257,19 @@ class Model:
             if not 0.03 <= medium.seconds <= longest:
                 raise DataError(f"the sound is {medium.seconds:.3f} s long; the model reads 0.03 to {longest} s")
 
-    def encode(self, texts: Sequence[str], media: Sequence[Medium] | None = None) -> dict[str, Tensor]:
-        """Return the tensors of one batch, all with pictures (or sounds) or all without, on the model's device.
+    def encode(
+        self,
+        texts: Sequence[str],
+        media: Sequence[Medium] | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the tensors of one batch, all with pictures (or sounds) or all without.
 
         Args:
             texts: prompts without image token.
             media: a picture or sound a text, or None.
+            device: where the tensors go; the model's own by default.
 
         Raises:
             DataError: an empty text, one that holds the image token, or as many media as not texts.
@@ -286,7 +293,7 @@ class Model:
             # PaliGemma's makes some, and the model would compute a loss.
             inputs.pop("labels", None)
         inputs = _padded_in_front(inputs)
-        dtype, device = self.dtype, self.hf.device
+        dtype, device = self.dtype, self.hf.device if device is None else device
         return {
             name: tensor.to(device, dtype if torch.is_floating_point(tensor) else tensor.dtype)
             for name, tensor in inputs.items()

@@ -55,7 +55,7 @@ def trace(
 
     Args:
         model: the model.
-        inputs: what `Model.encode` returned, n rows padded to t tokens.
+        inputs: what `Model.encode` returned, n rows padded to t tokens, on any device.
         keep: which tokens of the prompts, as row · t + column.
         layers: numbers of the site's layers, rising; of the residual stream 0 to `model.n_layers`.
         picker: sees the logits of each step, `[n v]`; the largest that it returns is the next token.
@@ -66,6 +66,7 @@ def trace(
             for nothing.
         out: memory for what is kept of the prompts, of `dtype`; on a GPU best pinned. New by default.
     """
+    inputs = {name: tensor.to(model.hf.device) for name, tensor in inputs.items()}
     # Without image the outer model of some families cannot run; its language model alone is the same function then.
     path = "" if model.has_media(inputs) else model.family.generator
     entry = operator.attrgetter(path)(model.traced) if path else model.traced

@@ -133,7 +133,7 @@ class Arena:
 
     def _stands(self, residual: Shaped[Tensor, "l t d"], here: slice) -> bool:
         place = self._residual[:, here]
-        return self._holds(residual) and (residual.data_ptr(), residual.stride()) == (place.data_ptr(), place.stride())
+        return (residual.data_ptr(), residual.stride()) == (place.data_ptr(), place.stride())
 
     def claim(self, ids: Sequence[str], lengths: Sequence[int]) -> slice:
         """Take room for rows without columns; return which tokens are theirs, to be filled through the views below."""

@@ -6,7 +6,7 @@ import gc
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -104,7 +104,8 @@ class Batches:
             # Parts of a batch must not take each other's place.
             alone = len(part) == len(whole)
             some = prompts if alone else self._some(prompts, part, examples)
-            rows = self._run(some, examples, ids, self._space(prompts, place) if alone else None)
+            space = partial(self._space, prompts, place) if alone else lambda: None
+            rows = self._run(some, examples, ids, space)
             if rows is not None:
                 found |= rows
                 start += size
@@ -127,7 +128,7 @@ class Batches:
         media = [medium.load() for i in chosen if (medium := examples[i].medium) is not None]
         return Prompts(
             tuple(chosen),
-            self.model.encode([examples[i].text for i in chosen], media or None),
+            self.model.encode([examples[i].text for i in chosen], media or None, device="cpu"),
             tuple(prompts.tables[k] for k in part),
             tuple(prompts.marks[k] for k in part),
         )
@@ -142,13 +143,13 @@ class Batches:
         return self._room.take((len(self.layers), tokens, self.width), DTYPES[self.dtype][1], pinned)
 
     def _run(
-        self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str], out: Tensor | None
+        self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str], space: Callable[[], Tensor | None]
     ) -> dict[int, StoredRow] | None:
         """Return the rows of prompts; None if they take more memory than there is."""
         try:
             picker = Picker(self.decoding, self.model.media_token_id, [ids[i] for i in prompts.numbers])
             ending = Ending(self.model, picker, any(position.answers for position in self.positions))
-            mask = prompts.inputs["attention_mask"].cpu().bool()
+            mask = prompts.inputs["attention_mask"].bool()
             keep = [
                 np.flatnonzero(mask[row])[marks > 0] + row * mask.shape[1] for row, marks in enumerate(prompts.marks)
             ]
@@ -162,7 +163,7 @@ class Batches:
                 steps=ending.steps,
                 dtype=DTYPES[self.dtype][1],
                 site=self.site,
-                out=out,
+                out=space(),
             )
         except (RuntimeError, MemoryError) as error:
             if not _lacks_memory(error):

@@ -67,11 +67,14 @@ class Preparation:
     site: Site
 
     def apart(self) -> Preparation:
-        """Return the same with a processor of its own: tokenizers change while they are used."""
+        """Return the same with a processor of its own, for another thread.
+
+        A tokenizer's padding is a state of its own, and parts of a batch are encoded anew where memory lacks.
+        """
         return replace(self, model=replace(self.model, processor=copy.deepcopy(self.model.processor)))
 
     def __call__(self, examples: Sequence[Example]) -> Prepared:
-        """Return a batch, encoded on the model's device."""
+        """Return a batch, encoded in main memory."""
         failed: dict[int, Failure] = {}
         media = self._media(examples, failed)
         inputs = self._encode(examples, media, failed)
@@ -114,7 +117,8 @@ class Preparation:
 
         def encoded(numbers: Sequence[int]) -> dict[str, Tensor]:
             some = [medium for i in numbers if (medium := media[i]) is not None]
-            return self.model.encode([examples[i].text for i in numbers], some or None)
+            # Not on a GPU: its memory is the model's, which may be running.
+            return self.model.encode([examples[i].text for i in numbers], some or None, device="cpu")
 
         if not media:
             return None
@@ -135,8 +139,8 @@ class Preparation:
         self, examples: Sequence[Example], media: Mapping[int, Medium | None], inputs: dict[str, Tensor]
     ) -> Prompts:
         ends_only = all(p.of in ("prompt", "answer") and p.part == slice(-1, None) for p in self.positions)
-        real = inputs["attention_mask"].cpu().bool().numpy()
-        ids = [tokens[there] for tokens, there in zip(inputs["input_ids"].cpu().numpy(), real, strict=True)]
+        real = inputs["attention_mask"].bool().numpy()
+        ids = [tokens[there] for tokens, there in zip(inputs["input_ids"].numpy(), real, strict=True)]
         if ends_only:
             tables = [plain_table(tokens) for tokens in ids]
         else:
