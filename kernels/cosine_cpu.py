@@ -20,25 +20,32 @@ def sums(left, left_step, right, right_step, d, shift, scale, first, last, out):
     asked for: numba compiles the loop without it.
     """
     for i in range(first, last):
-        # A row of its own: the compiler then knows that no index is negative.
-        mine, other = left[i * left_step : i * left_step + d], right[i * right_step : i * right_step + d]
         ab, aa, bb, cd, cc, dd, ef, ee, ff = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         for start in range(0, d, SEGMENT):
             x, y, z = np.float32(0), np.float32(0), np.float32(0)
             p, q, r = np.float32(0), np.float32(0), np.float32(0)
             u, v, w = np.float32(0), np.float32(0), np.float32(0)
-            for j in range(start, min(d, start + SEGMENT)):
+            # A segment of its own, counted from 0: else an index might be negative, counted from the end for all that
+            # the compiler knows, and where there are gathers it makes one of every number.
+            stop = min(d, start + SEGMENT)
+            mine = left[i * left_step + start : i * left_step + stop]
+            other = right[i * right_step + start : i * right_step + stop]
+            if shift is not None:
+                high, low = shift[0, start:stop], shift[1, start:stop]
+            if scale is not None:
+                by = scale[start:stop]
+            for j in range(stop - start):
                 a, b = wide(mine[j]), wide(other[j])
                 x += a * b
                 y += a * a
                 z += b * b
                 if shift is not None:
-                    a, b = less(a, shift[0, j], shift[1, j]), less(b, shift[0, j], shift[1, j])
+                    a, b = less(a, high[j], low[j]), less(b, high[j], low[j])
                     p += a * b
                     q += a * a
                     r += b * b
                 if scale is not None:
-                    a, b = a * scale[j], b * scale[j]
+                    a, b = a * by[j], b * by[j]
                     u += a * b
                     v += a * a
                     w += b * b

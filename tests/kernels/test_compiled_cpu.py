@@ -1,0 +1,61 @@
+"""What numba makes of the sweeps, for machines that are not here: numbers side by side are read at once."""
+
+import os
+import pickle
+import platform
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gapprobe.kernels import columns_cpu, cosine, cosine_cpu, lens_cpu, logit_lens, moments
+from gapprobe.kernels.logit_lens import Unembedding
+
+SWEEPS = {"cosine": cosine_cpu.sums, "columns": columns_cpu.sums, "lens": lens_cpu.look}
+COMPILE = """
+import pickle, sys
+from gapprobe.kernels import columns_cpu, cosine_cpu, lens_cpu
+
+sweeps = {"cosine": cosine_cpu.sums, "columns": columns_cpu.sums, "lens": lens_cpu.look}
+with open(sys.argv[1], "rb") as file:
+    wanted = pickle.load(file)
+found = []
+for name, signatures in wanted.items():
+    for signature in signatures:
+        sweeps[name].compile(signature)
+        found.append((name, str(signature), sweeps[name].inspect_asm(signature)))
+with open(sys.argv[2], "wb") as file:
+    pickle.dump(found, file)
+"""
+
+
+def asked_for():
+    """Return the signatures that calls of every kind leave behind."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(4, 40).to(dtype)
+        mean, std = x.double().mean(0), x.double().std(0)
+        for setting in ((), (mean,), (mean, std)):
+            cosine.paired(x, x, *setting)
+        moments.alike(x)
+    end = Unembedding(torch.randn(50, 40), None, "none", None, None, 1e-6)
+    logit_lens.read(torch.randn(2, 4, 40), end, torch.zeros(4, 1, dtype=torch.int64), top_k=3)
+    return {name: list(sweep.signatures) for name, sweep in SWEEPS.items()}
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="looks for instructions of an x86 processor")
+@pytest.mark.parametrize("processor", ["haswell", "skylake-avx512", "znver4"])
+def test_no_sweep_gathers_what_lies_side_by_side(processor, tmp_path):
+    # An index that might be negative, as far as the compiler knows, costs a sweep five times its time: it gathers.
+    (tmp_path / "asked").write_bytes(pickle.dumps(asked_for()))
+    # For another processor than this one nothing is run, and nothing is kept where others would find it.
+    environment = dict(os.environ) | {"NUMBA_CPU_NAME": processor, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run(
+        [sys.executable, "-c", COMPILE, str(tmp_path / "asked"), str(tmp_path / "found")], env=environment, check=True
+    )
+    found = pickle.loads((tmp_path / "found").read_bytes())
+    assert len(found) >= 13
+    for name, signature, code in found:
+        assert not re.findall(r"v\w*gather\w+", code), (name, signature)
+        assert re.findall(r"v(fmadd\w+|addps)\s.*[yz]mm", code), (name, signature)
