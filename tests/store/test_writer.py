@@ -150,6 +150,25 @@ def test_residuals_laid_in_their_place_are_not_copied(tmp_path, monkeypatch, sha
     assert holds(tmp_path, [*rows, make_row("another", 2)])
 
 
+def test_a_batch_that_cannot_be_copied_leaves_nothing_behind(tmp_path, monkeypatch):
+    rows, real, calls = some_rows(6), arena._as_bytes, []
+
+    def failing(residual):
+        calls.append(residual)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(residual)
+
+    with StoreWriter(tmp_path, HEADER) as writer:
+        writer.append(rows[:2])
+        calls.clear()
+        monkeypatch.setattr(arena, "_as_bytes", failing)
+        with pytest.raises(MemoryError):
+            writer.append([make_row("never", 3), make_row("copied", 2)])
+        assert writer.append(rows) == 4
+    assert holds(tmp_path, rows)
+
+
 def test_every_other_residual_of_the_place_is_not_in_its_place(tmp_path):
     row = make_row("a", 3)
     with StoreWriter(tmp_path, HEADER) as writer:

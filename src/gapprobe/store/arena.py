@@ -110,23 +110,24 @@ class Arena:
 
     def add(self, rows: Sequence[StoredRow]) -> None:
         """Copy rows that fit; residuals that stand at their place already are left there."""
-        first, moved = self.tokens, list[tuple[slice, Tensor]]()
-        for row in rows:
-            here = slice(self.tokens, self.tokens + len(row.token_ids))
-            if not self._stands(row.residual, here):
-                # What stands elsewhere in here must not be written over before it has moved.
-                moved.append((here, row.residual.clone() if self._holds(row.residual) else row.residual))
-            self.tokens = here.stop
-            self._add_line(row.id, dict(row.columns))
-            self._ends.append(self.tokens)
-        for here, residual in moved:
+        ends = self.tokens + np.cumsum([len(row.token_ids) for row in rows])
+        places = [slice(int(end) - len(row.token_ids), int(end)) for end, row in zip(ends, rows, strict=True)]
+        moved = [k for k, row in enumerate(rows) if not self._stands(row.residual, places[k])]
+        # What stands elsewhere in here must not be written over before it has moved.
+        given = [r.clone() if self._holds(r) else r for r in (rows[k].residual for k in moved)]
+        for k, residual in zip(moved, given, strict=True):
             # numpy copies in the calling thread; torch would wake threads that sealing needs.
-            self._bytes[:, here] = _as_bytes(residual)
-        whole = slice(first, self.tokens)
+            self._bytes[:, places[k]] = _as_bytes(residual)
+        whole = slice(self.tokens, int(ends[-1]))
         self._numbers[0, whole].copy_(torch.cat([row.token_ids for row in rows]))
         self._numbers[1, whole].copy_(torch.cat([row.token_positions for row in rows]))
         self._codes[0, whole].copy_(torch.cat([row.token_roles for row in rows]))
         self._codes[1, whole].copy_(torch.cat([row.token_marks for row in rows]))
+        # Last, so that what fails on the way has added nothing.
+        for row, end in zip(rows, ends.tolist(), strict=True):
+            self._add_line(row.id, dict(row.columns))
+            self._ends.append(end)
+        self.tokens = whole.stop
 
     def _holds(self, residual: Tensor) -> bool:
         return residual.untyped_storage().data_ptr() == self._residual.untyped_storage().data_ptr()
