@@ -150,20 +150,21 @@ def test_residuals_laid_in_their_place_are_not_copied(tmp_path, monkeypatch, sha
     assert holds(tmp_path, [*rows, make_row("another", 2)])
 
 
-def test_a_batch_that_cannot_be_copied_leaves_nothing_behind(tmp_path, monkeypatch):
-    rows, real, calls = some_rows(6), arena._as_bytes, []
+@pytest.mark.parametrize(("where", "error"), [("_as_bytes", MemoryError), ("_Line", KeyboardInterrupt)])
+def test_a_batch_that_is_stopped_on_its_way_leaves_nothing_behind(tmp_path, monkeypatch, where, error):
+    rows, real, calls = some_rows(6), getattr(arena, where), []
 
-    def failing(residual):
-        calls.append(residual)
+    def failing(*given):
+        calls.append(given)
         if len(calls) == 2:
-            raise MemoryError
-        return real(residual)
+            raise error
+        return real(*given)
 
     with StoreWriter(tmp_path, HEADER) as writer:
         writer.append(rows[:2])
         calls.clear()
-        monkeypatch.setattr(arena, "_as_bytes", failing)
-        with pytest.raises(MemoryError):
+        monkeypatch.setattr(arena, where, failing)
+        with pytest.raises(error):
             writer.append([make_row("never", 3), make_row("copied", 2)])
         assert writer.append(rows) == 4
     assert holds(tmp_path, rows)

@@ -14,10 +14,11 @@ from gapprobe.demo import FOLDER
 from gapprobe.kernels.logit_lens import Unembedding
 from gapprobe.lens.logit import logit_lens
 from gapprobe.selective import selective_scores
+from gapprobe.tasks.examples import Example
 from gapprobe.tasks.judging import judge_sound
 from gapprobe.tasks.questions import SLOT, Entity, Question, leaks, reason_to_drop, with_slot
 from gapprobe.tracing.positions import parse_positions
-from gapprobe.tracing.tokens import token_table
+from gapprobe.tracing.tokens import token_tables
 from tests.models.kinds import loaded
 
 REFERENCE = "the object in the image"
@@ -112,7 +113,7 @@ def test_an_entity_is_where_it_is_mentioned_not_where_its_last_token_first_occur
     text = "Is old Ben near Big Ben? Answer:"
     start = text.index("Big Ben")
     ids = model.encode([text])["input_ids"][0].numpy()
-    table = token_table(model, text, {"entity": [(start, start + 7)]}, ids, None)
+    (table,) = token_tables(model, [Example(text, spans={"entity": [(start, start + 7)]})], [ids], [None])
     mentioned = table.where("entity")
     assert "".join(model.tokenizer.decode(ids[mentioned]).split()) == "BigBen"
     (last,) = parse_positions(["entity[-1]"])

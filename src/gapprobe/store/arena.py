@@ -8,6 +8,7 @@ as much as writing it to a disk.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,12 +61,18 @@ def _as_bytes(residual: Shaped[Tensor, "l t d"]) -> UInt8[np.ndarray, "l t b"]:
     return given.view(torch.uint8).numpy()
 
 
+class _Line(NamedTuple):
+    """A row: its id and columns, and where its tokens end."""
+
+    id: str
+    columns: Mapping[str, Value]
+    end: int
+
+
 class Arena:
     """Room for `capacity` tokens, which takes memory only as it is filled.
 
-    Attributes:
-        ids, columns: of the rows, in their order.
-        tokens: how many are taken.
+    What is in it is one list of rows, so that whoever is interrupted has added a batch or nothing.
     """
 
     def __init__(self, header: StoreHeader, capacity: int) -> None:
@@ -82,16 +89,13 @@ class Arena:
 
     def clear(self) -> None:
         """Forget all rows; the memory stays."""
-        self.ids: list[str] = []
-        self.columns: list[Mapping[str, Value]] = []
+        self._lines: list[_Line] = []
         self._names: set[str] = set()
         self._content_bytes = 0
-        self.tokens = 0
-        self._ends = [0]
 
     def fits(self, rows: Sequence[StoredRow]) -> bool:
         """Return whether these rows, together, have room."""
-        count, names = len(self.ids) + len(rows), self._names.union(*(row.columns for row in rows))
+        count, names = self.rows + len(rows), self._names.union(*(row.columns for row in rows))
         content = self._content_bytes + sum(_content_bytes(row.id, row.columns) for row in rows)
         return (
             self.tokens + sum(len(row.token_ids) for row in rows) <= self.capacity
@@ -102,7 +106,7 @@ class Arena:
     @property
     def full(self) -> bool:
         """Return whether no row with tokens would fit any more."""
-        return self.tokens >= self.capacity or len(self.ids) >= MAX_ROWS
+        return self.tokens >= self.capacity or self.rows >= MAX_ROWS
 
     def place(self, tokens: int) -> Shaped[Tensor, "l t d"]:
         """Return where the next so many tokens go, if they fit."""
@@ -123,11 +127,8 @@ class Arena:
         self._numbers[1, whole].copy_(torch.cat([row.token_positions for row in rows]))
         self._codes[0, whole].copy_(torch.cat([row.token_roles for row in rows]))
         self._codes[1, whole].copy_(torch.cat([row.token_marks for row in rows]))
-        # Last, so that what fails on the way has added nothing.
-        for row, end in zip(rows, ends.tolist(), strict=True):
-            self._add_line(row.id, dict(row.columns))
-            self._ends.append(end)
-        self.tokens = whole.stop
+        # Last, and at once: what fails or is stopped on the way has added nothing.
+        self._enter([_Line(row.id, dict(row.columns), end) for row, end in zip(rows, ends.tolist(), strict=True)])
 
     def _holds(self, residual: Tensor) -> bool:
         return residual.untyped_storage().data_ptr() == self._residual.untyped_storage().data_ptr()
@@ -138,33 +139,52 @@ class Arena:
 
     def claim(self, ids: Sequence[str], lengths: Sequence[int]) -> slice:
         """Take room for rows without columns; return which tokens are theirs, to be filled through the views below."""
-        first = self.tokens
-        for id_, length in zip(ids, lengths, strict=True):
-            self.tokens += length
-            self.ids.append(id_)
-            self.columns.append({})
-            self._ends.append(self.tokens)
+        first, ends = self.tokens, self.tokens + np.cumsum(lengths, dtype=np.int64)
+        self._enter([_Line(id_, {}, end) for id_, end in zip(ids, ends.tolist(), strict=True)])
         return slice(first, self.tokens)
 
     def drop(self, ids: Collection[str]) -> None:
         """Take rows out and close the gaps."""
-        kept = [i for i, id_ in enumerate(self.ids) if id_ not in ids]
-        names, columns, ends = self.ids, self.columns, self._ends
+        lines = self._lines
         self.clear()
-        for i in kept:
-            here = slice(self.tokens, self.tokens + ends[i + 1] - ends[i])
+        for line, first in zip(lines, [0, *(line.end for line in lines)], strict=False):
+            if line.id in ids:
+                continue
+            here = slice(self.tokens, self.tokens + line.end - first)
             for tensor in (self._residual, self._numbers, self._codes):
                 # Rows only move towards the front, but may overlap where they were.
-                tensor[:, here] = tensor[:, ends[i] : ends[i + 1]].clone()
-            self.tokens = here.stop
-            self._add_line(names[i], columns[i])
-            self._ends.append(self.tokens)
+                tensor[:, here] = tensor[:, first : line.end].clone()
+            self._enter([line._replace(end=here.stop)])
 
-    def _add_line(self, id_: str, columns: Mapping[str, Value]) -> None:
-        self.ids.append(id_)
-        self.columns.append(columns)
-        self._names.update(columns)
-        self._content_bytes += _content_bytes(id_, columns)
+    def _enter(self, lines: list[_Line]) -> None:
+        for line in lines:
+            self._names.update(line.columns)
+            self._content_bytes += _content_bytes(line.id, line.columns)
+        self._lines += lines
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows there are."""
+        return len(self._lines)
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens are taken."""
+        return self._lines[-1].end if self._lines else 0
+
+    @property
+    def ids(self) -> list[str]:
+        """Return the rows' ids."""
+        return [line.id for line in self._lines]
+
+    @property
+    def columns(self) -> list[Mapping[str, Value]]:
+        """Return the rows' columns."""
+        return [line.columns for line in self._lines]
+
+    @property
+    def _ends(self) -> list[int]:
+        return [0, *(line.end for line in self._lines)]
 
     @property
     def offsets(self) -> Int64[Tensor, " n_1"]:
@@ -201,9 +221,9 @@ class Arena:
         tokens = np.flatnonzero(self.token_marks.numpy() >> position & 1)
         before = np.searchsorted(tokens, self._ends)
         single = np.flatnonzero(np.diff(before) == 1)
-        shape = len(self._residual), len(self.ids), self._residual.shape[2]
+        shape = len(self._residual), self.rows, self._residual.shape[2]
         result = fresh(shape, self._residual.dtype)
-        if len(single) == len(self.ids):
+        if len(single) == self.rows:
             return take(self._residual, tokens, result)
         result.zero_()[:, single] = take(self._residual, tokens[before[single]], torch.empty_like(result))
         return result

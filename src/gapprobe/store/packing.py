@@ -81,7 +81,7 @@ def derive(header: StoreHeader, arena: Arena) -> dict[str, Tensor]:
     positions = range(len(header.positions))
     count, mean, std = by_position(arena.residual, arena.token_marks, len(header.positions))
     found = {"moments.count": count, "moments.mean": mean, "moments.std": std}
-    if _pays(header, len(arena.ids), arena.tokens):
+    if _pays(header, arena.rows, arena.tokens):
         found |= {position_name(i): arena.at_position(i) for i in positions}
     return found
 
@@ -101,7 +101,7 @@ def write_shard(
     Returns:
         The file's size and XXH128.
     """
-    plan = plan_shard(header, ShardSize(len(arena.ids), arena.tokens, len(table)))
+    plan = plan_shard(header, ShardSize(arena.rows, arena.tokens, len(table)))
     tensors = {
         **{layer_name(layer): arena.residual[index] for index, layer in enumerate(header.layers)},
         "offsets": arena.offsets,

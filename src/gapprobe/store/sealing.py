@@ -62,7 +62,7 @@ def packed(
     with disk.temporary(store / SHARDS) as (shard, descriptor), new_rows_file(store, table) as rows:
         size, digest = write_shard(descriptor, header, arena, derived, table)
         checksum = hashlib.sha256(table).hexdigest()
-        yield shard, rows, ShardRecord(0, len(arena.ids), arena.tokens, size, digest, len(table), checksum, versions)
+        yield shard, rows, ShardRecord(0, arena.rows, arena.tokens, size, digest, len(table), checksum, versions)
 
 
 def publish(store: Path, shard: Path, rows: Path, taken: Collection[int]) -> int:

@@ -175,7 +175,7 @@ class StoreWriter:
             OutputError: they could not be written; names the reason.
         """
         self._settle()
-        if self._filling.ids:
+        if self._filling.rows:
             self._hand_over()
         if wait:
             self._settle()
@@ -255,7 +255,7 @@ class StoreWriter:
 
     def _make_room(self, tokens: int) -> None:
         """Hand over the rows in hand, and have room for a batch, even one larger than a shard."""
-        if self._filling.ids:
+        if self._filling.rows:
             self._hand_over()
         if tokens > self._filling.capacity:
             self._filling = Arena(self.header, tokens)
@@ -289,9 +289,9 @@ class StoreWriter:
 
     def _seal(self, arena: Arena, derived: Mapping[str, Tensor]) -> None:
         """Write rows to temporaries, then publish them; begin anew without those that another writer was first with."""
-        while arena.ids:
+        while arena.rows:
             with (
-                self._failing(f"{len(arena.ids)} rows could not be stored"),
+                self._failing(f"{arena.rows} rows could not be stored"),
                 sealing.packed(
                     self.path, self.header, arena, derived, encode_table(build_table(arena.ids, arena.columns))
                 ) as (shard, rows_file, record),

@@ -121,7 +121,7 @@ def _join(path: Path, header: StoreHeader, group: Sequence[ShardRecord], arena: 
         if found.held is not None and found.table is not None:
             found.held.pour(header, found.ids, np.arange(record.rows), arena)
             tables.append(decode_table(found.table, path / rows_name(record.shard), record.rows))
-    if len(set(arena.ids)) < len(arena.ids):
+    if len(set(arena.ids)) < arena.rows:
         raise StoreError(f"{path} holds a row twice. {_mend(path)}")
     joined = join_tables(tables)
     try:
