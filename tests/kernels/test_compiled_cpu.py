@@ -16,16 +16,15 @@ from gapprobe.kernels.logit_lens import Unembedding
 SWEEPS = {"cosine": cosine_cpu.sums, "columns": columns_cpu.sums, "lens": lens_cpu.look}
 COMPILE = """
 import pickle, sys
-from gapprobe.kernels import columns_cpu, cosine_cpu, lens_cpu
+from tests.kernels.test_compiled_cpu import SWEEPS
 
-sweeps = {"cosine": cosine_cpu.sums, "columns": columns_cpu.sums, "lens": lens_cpu.look}
 with open(sys.argv[1], "rb") as file:
     wanted = pickle.load(file)
 found = []
 for name, signatures in wanted.items():
     for signature in signatures:
-        sweeps[name].compile(signature)
-        found.append((name, str(signature), sweeps[name].inspect_asm(signature)))
+        SWEEPS[name].compile(signature)
+        found.append((name, str(signature), SWEEPS[name].inspect_asm(signature)))
 with open(sys.argv[2], "wb") as file:
     pickle.dump(found, file)
 """

@@ -122,6 +122,15 @@ def test_an_axis_of_length_one_may_have_any_stride(tmp_path):
     assert holds(tmp_path, [row, make_row("b", 0, header)])
 
 
+def test_a_place_of_less_than_nothing_is_refused_and_one_of_nothing_is_none(tmp_path):
+    with StoreWriter(tmp_path, HEADER) as writer:
+        writer.append(some_rows(2))
+        with pytest.raises(StoreError, match="tokens is -1; give 0 or more"):
+            writer.place(-1)
+        assert writer.place(0).shape == (3, 0, 6)
+    assert holds(tmp_path, some_rows(2))
+
+
 def laid(writer, rows):
     """The same rows, with their residuals laid where the writer wants them."""
     place, first, found = writer.place(sum(len(row.token_ids) for row in rows)), 0, []

@@ -1,3 +1,4 @@
+import errno
 import io
 import shutil
 import threading
@@ -389,16 +390,19 @@ def test_residuals_of_prompts_alone_are_never_copied(
     if kind not in WITH_IMAGE:
         wanted = [Example(example.text) for example in wanted]
     asked: dict[str, Any] = {"positions": ["prompt"], "max_new_tokens": 0}
-    once = content(taken(model, wanted, tmp_path / "copied", **asked | {"max_new_tokens": 1, "stop": None}))
     copied: list[int] = []
     real = arena_module._as_bytes
     monkeypatch.setattr(
         arena_module, "_as_bytes", lambda residual: (copied.append(residual.shape[1]), real(residual))[1]
     )
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_module.Batches, "_space", lambda *_: None)
+        through_memory_of_its_own = content(taken(model, wanted, tmp_path / "copied", **asked))
+    assert len(copied) == 12
+    copied.clear()
     store = taken(model, wanted, tmp_path / "placed", **asked)
     assert not copied
-    # The same residuals, in the order of the batches, as through memory of the run's own.
-    assert [row[1] for row in content(store).values()] == [row[1] for row in once.values()]
+    assert content(store) == through_memory_of_its_own
     # Rows that are stored already leave holes in a batch: here what is left has to move.
     half = tmp_path / "half"
     with StoreWriter(half, store.header) as writer:
@@ -417,12 +421,13 @@ def test_batches_prepared_beside_the_model_are_the_same(
     if kind not in WITH_IMAGE:
         wanted = [Example(example.text) for example in wanted]
     asked: dict[str, Any] = {"positions": ["all"], "batch_size": 3, "max_new_tokens": 3}
-    alone = content(taken(model, wanted, tmp_path / "alone", **asked))
     threads = set[str]()
     real = Preparation.__call__
     monkeypatch.setattr(
         Preparation, "__call__", lambda self, some: (threads.add(threading.current_thread().name), real(self, some))[1]
     )
+    alone = content(taken(model, wanted, tmp_path / "alone", **asked))
+    assert threads == {threading.current_thread().name}
     # Only on a GPU does the processor have time of its own; that it may have it is the same everywhere.
     monkeypatch.setattr(run_module, "_beside", lambda _: True)
     assert content(taken(model, wanted, tmp_path / "beside", **asked)) == alone
@@ -446,14 +451,15 @@ def test_nothing_is_prepared_in_the_memory_of_the_device(tmp_path: Path, monkeyp
     assert set(devices) == {"cpu"}
 
 
-def test_a_batch_whose_place_the_memory_does_not_hold_is_halved() -> None:
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_a_batch_whose_place_the_memory_does_not_hold_is_halved(error: Exception) -> None:
     model, wanted = loaded("llava-llama"), [e for e in examples(6) if e.image]
     run = batch_module.Batches(
         model, (0, 1), parse_positions(["prompt"]), Decoding(0, ()), "float32", "residual", WIDTH
     )
 
     def place(_: int) -> torch.Tensor:
-        raise MemoryError
+        raise error
 
     ids = ids_of(wanted)
     with pytest.warns(UserWarning, match="does not hold 4 rows at once; from here 2 are run"):

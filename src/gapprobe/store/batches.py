@@ -6,8 +6,9 @@ Decides which rows make up which batch, and reads them a window at a time; `gath
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from gapprobe.ahead import ahead
 from gapprobe.errors import StoreError
 from gapprobe.store.format import layer_name, shard_name
 from gapprobe.store.gather import Job, Part, position_jobs, run_jobs, token_jobs, token_offsets
@@ -141,12 +143,8 @@ class TokenBatches(IterableDataset[TokenBatch]):
         # One window is filled while another is used up, always in the same memory: touching fresh memory costs more.
         most = max((plan.tokens[load].sum() for load in loads if len(load) > 1), default=0)
         rooms = [self._room(int(most)), self._room(int(most if len(loads) > 1 else 0))]
-        with ThreadPoolExecutor(1, "gapprobe-batches") as thread:
-            ahead = thread.submit(self._load, plan, loads[0], rooms[0])
-            for number, following in enumerate((*loads[1:], None), 1):
-                loaded = ahead.result()
-                if following is not None:
-                    ahead = thread.submit(self._load, plan, following, rooms[number % 2])
+        with closing(ahead(lambda each: self._load(plan, *each), zip(loads, cycle(rooms), strict=False))) as windows:
+            for loaded in windows:
                 yield from loaded.batches()
 
     def _mine(self, plan: _Plan) -> NDArray[np.int64]:

@@ -156,10 +156,12 @@ class StoreWriter:
             tokens: of all rows together.
 
         Raises:
-            StoreError: the writer is closed.
+            StoreError: the writer is closed, or the number is negative.
             OutputError: an earlier shard could not be written. Its rows are still in hand.
         """
         self._refuse_closed()
+        if tokens < 0:
+            raise StoreError(f"tokens is {tokens}; give 0 or more")
         if self._filling.tokens + tokens > self._filling.capacity:
             self._make_room(tokens)
         return self._filling.place(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -104,8 +105,7 @@ class Batches:
             # Parts of a batch must not take each other's place.
             alone = len(part) == len(whole)
             some = prompts if alone else self._some(prompts, part, examples)
-            space = partial(self._space, prompts, place) if alone else lambda: None
-            rows = self._run(some, examples, ids, space)
+            rows = self._run(some, examples, ids, partial(self._space, place) if alone else lambda _: None)
             if rows is not None:
                 found |= rows
                 start += size
@@ -133,39 +133,39 @@ class Batches:
             tuple(prompts.marks[k] for k in part),
         )
 
-    def _space(self, prompts: Prompts, place: Place | None) -> Tensor | None:
-        """Return memory for what is kept of the prompts; None where only the model knows how much that is."""
+    def _space(self, place: Place | None, tokens: int) -> Tensor | None:
+        """Return memory for what is kept of prompts; None where only the model knows how much that is."""
         if self.site in IN_TOWER:
             return None
-        tokens, pinned = sum(int((marks > 0).sum()) for marks in prompts.marks), self.model.hf.device.type == "cuda"
+        pinned = self.model.hf.device.type == "cuda"
         if place is not None and not pinned:
             return place(tokens)
         return self._room.take((len(self.layers), tokens, self.width), DTYPES[self.dtype][1], pinned)
 
     def _run(
-        self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str], space: Callable[[], Tensor | None]
+        self, prompts: Prompts, examples: Sequence[Example], ids: Sequence[str], space: Callable[[int], Tensor | None]
     ) -> dict[int, StoredRow] | None:
         """Return the rows of prompts; None if they take more memory than there is."""
         try:
             picker = Picker(self.decoding, self.model.media_token_id, [ids[i] for i in prompts.numbers])
             ending = Ending(self.model, picker, any(position.answers for position in self.positions))
             mask = prompts.inputs["attention_mask"].bool()
-            keep = [
-                np.flatnonzero(mask[row])[marks > 0] + row * mask.shape[1] for row, marks in enumerate(prompts.marks)
-            ]
+            keep = np.concatenate(
+                [np.flatnonzero(mask[row])[marks > 0] + row * mask.shape[1] for row, marks in enumerate(prompts.marks)]
+            )
             traced = trace(
                 self.model,
                 prompts.inputs,
-                torch.from_numpy(np.concatenate(keep)),
+                torch.from_numpy(keep),
                 self.layers,
                 picker=picker,
                 ending=ending,
                 steps=ending.steps,
                 dtype=DTYPES[self.dtype][1],
                 site=self.site,
-                out=space(),
+                out=space(len(keep)),
             )
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             if not _lacks_memory(error):
                 raise
         else:
@@ -259,7 +259,9 @@ _NONE = np.empty(0, dtype=np.int64)
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    # On a CPU torch says it in a plain RuntimeError.
+    # On a CPU torch says it in a plain RuntimeError, and a map of memory in an OSError.
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from gapprobe.ahead import ahead
 from gapprobe.errors import ConfigError
 from gapprobe.files import free_memory, told_bytes
 from gapprobe.models.check import check_model, some_media
@@ -23,7 +24,6 @@ from gapprobe.store.format import DTYPES, StoreHeader
 from gapprobe.store.reader import Store, open_store
 from gapprobe.store.writer import StoreWriter
 from gapprobe.tasks.examples import Example
-from gapprobe.tracing.ahead import ahead
 from gapprobe.tracing.answers import Decoding
 from gapprobe.tracing.batch import Batches
 from gapprobe.tracing.plan import Need, batches, row_ids

@@ -96,18 +96,13 @@ def token_tables(
     return [_table(model, *each) for each in zip(examples, ids, boxes, prompts, told, strict=True)]
 
 
-def _told(model: Model, prompts: Sequence[str]) -> list[Told]:
-    """Return the tokens of some rendered prompts, and from which character to which each of them goes."""
-    found = dict[int, Told]()
-    for begun in (True, False):
-        some = [i for i, prompt in enumerate(prompts) if model.begun(prompt) is begun]
-        if some:
-            told = cast(Any, model.tokenizer)(
-                [prompts[i] for i in some], return_offsets_mapping=True, add_special_tokens=not begun
-            )
-            each = zip(some, told["input_ids"], told["offset_mapping"], strict=True)
-            found |= {i: (np.array(tokens), np.array(offsets).reshape(-1, 2)) for i, tokens, offsets in each}
-    return [found[i] for i in range(len(prompts))]
+def _told(model: Model, prompts: list[str]) -> list[Told]:
+    """Return the tokens of rendered prompts, and from which character to which each goes. As `encode` makes them."""
+    told = cast(Any, model.tokenizer)(
+        prompts, return_offsets_mapping=True, add_special_tokens=not model.begun(prompts[0])
+    )
+    each = zip(told["input_ids"], told["offset_mapping"], strict=True)
+    return [(np.array(tokens), np.array(offsets).reshape(-1, 2)) for tokens, offsets in each]
 
 
 def _table(

@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from gapprobe.tracing.ahead import ahead
+from gapprobe.ahead import ahead
 
 
 def test_the_next_one_is_made_while_the_caller_has_this_one() -> None:
