@@ -50,6 +50,7 @@ from benchmarks.probes_contestants import (
     SklearnLbfgsF32,
     Solution,
     TooSlow,
+    TorchMatmul,
     fit_layer,
 )
 from benchmarks.probes_data import FOLDS, Layer, Sweep, load_layers, make_layer
@@ -60,7 +61,7 @@ STRENGTHS = torch.logspace(-4, 3, 8, dtype=torch.float64)
 # Rows and width, and how many times our processor time the rival's is to be.
 SIZES = {(2000, 1024): 15.0, (2000, 4096): 25.0, (20_000, 1024): 50.0}
 _REAL = 8.0
-_QUICK = (Matmul, Gapprobe, SklearnLbfgsF32, SklearnDefault)
+_QUICK = (Matmul, TorchMatmul, Gapprobe, SklearnLbfgsF32, SklearnDefault)
 # Furthest from the optimum, relative to it, that one who promises it may be.
 BOUND = 1e-5
 # A peer's run that took longer says enough: what it varies by is far below what the ratio tells.

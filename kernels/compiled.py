@@ -96,9 +96,12 @@ def larger(_context, _a, _b):
     return signature, lambda _, builder, __, args: builder.select(builder.fcmp_ordered(">", *args), *args)
 
 
-def by_rows(run: Callable[[int, int], None], rows: int, width: int) -> None:
-    """Call `run(first, last)` for parts of the rows, one to each of torch's threads where that pays."""
-    threads = min(torch.get_num_threads(), rows, rows * width // WORTH_A_THREAD)
+def by_rows(run: Callable[[int, int], None], rows: int, width: int, worth: int | None = None) -> None:
+    """Call `run(first, last)` for parts of the rows, one to each of torch's threads where that pays.
+
+    It does from `worth` numbers a thread on, `WORTH_A_THREAD` by default.
+    """
+    threads = min(torch.get_num_threads(), rows, rows * width // (worth or WORTH_A_THREAD))
     if threads <= 1:
         run(0, rows)
         return

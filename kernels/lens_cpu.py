@@ -16,20 +16,13 @@ from torch import Tensor
 
 from gapprobe.kernels import lens_torch
 from gapprobe.kernels.compiled import bits, by_rows, exact, from_bits, larger, sweep
+from gapprobe.kernels.exponential_cpu import FAINTEST, exponential
 from gapprobe.kernels.lens_parts import NO_KEY, Part, merge
 from gapprobe.kernels.lens_torch import LEAST, TorchWalker, filled
 
 STRIDE = 16  # as `peaks_of` writes out
 assert LEAST % STRIDE == 0  # what tiles are filled up to
 _PARTS = 32  # tiles whose sums wait to be made one
-_LOG2_E = np.float32(1.4426950408889634)
-# log 2 in two: the first has so few digits that a small whole number times it is exact.
-_LOG_2, _LOG_2_REST = np.float32(0.693145751953125), np.float32(1.42860682030941723e-6)
-_WHOLE = np.float32(1.5 * 2**23)  # added to a number, it leaves no room for a fraction
-_FAINTEST = np.float32(-87.0)  # a little above the u whose e^u float32 no longer holds with all its digits
-# e^r = 1 + r + r^2 (c5 + r (c4 + ...)) for |r| <= log(2) / 2 (expf of Moshier's Cephes)
-_C0, _C1, _C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-_C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 
 
 class CpuWalker(TorchWalker):
@@ -72,7 +65,7 @@ def look(z, count, start, first, crossed, targets, aims, own, above, best, sums,
             total, weighted, across = np.float32(0), np.float32(0), np.float32(0)
             for j in range(count):
                 u = row[j] - top
-                w = exponential(larger(u, _FAINTEST))
+                w = exponential(larger(u, FAINTEST))
                 total += w
                 weighted += w * u
                 weights[j] = w
@@ -92,17 +85,6 @@ def look(z, count, start, first, crossed, targets, aims, own, above, best, sums,
                     own[layer, i, t] = row[place]
             if best.shape[2] > 0:
                 keep_best(row, top, peaks, count, first, best[layer, i])
-
-
-@exact
-@no_type_check
-def exponential(u):
-    """Return e^u for u from `_FAINTEST` to 0, less than two units in the last place off."""
-    shifted = u * _LOG2_E + _WHOLE
-    whole = shifted - _WHOLE
-    r = (u - whole * _LOG_2) - whole * _LOG_2_REST
-    p = ((((_C0 * r + _C1) * r + _C2) * r + _C3) * r + _C4) * r + _C5
-    return from_bits(bits(p * (r * r) + r + np.float32(1)) + (bits(shifted) << np.int32(23)))
 
 
 @exact

@@ -16,9 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from gapprobe.kernels import products
 from gapprobe.kernels.standardised import Standardised, View
 
 RANK = 192  # largest subspace
+OVER = 16  # vectors that are drawn beyond it: they make those that are kept better
 LARGE = 640  # largest for problems that it does not do for: few are left then
 SAMPLE = 4096  # rows from which Hessians are taken
 NEGLIGIBLE = 0.3  # a row adds at most this to a curvature that the penalty makes at least 1: left out
@@ -31,17 +33,17 @@ SPAN = 1e5  # largest ratio of eigenvalues inside and outside: float32 cannot ta
 
 @dataclass(frozen=True)
 class Subspace:
-    """Leading eigenvectors of the features' correlations, from at most `SAMPLE` rows.
+    """Leading eigenvectors of the features' correlations, from at most `SAMPLE` rows, or all of their space.
 
     Attributes:
-        basis: orthonormal.
+        basis: orthonormal, a vector a row; None where it is the features themselves.
         values: eigenvalues.
         tail: mean of the eigenvalues left over.
         stride: of the rows that were taken.
         seen: those rows in the basis, and a last column of ones.
     """
 
-    basis: Float[Tensor, "d k"]
+    basis: Float[Tensor, "k d"] | None
     values: Float[Tensor, " k"]
     tail: float
     stride: int
@@ -49,25 +51,42 @@ class Subspace:
 
     @classmethod
     def of(cls, features: Standardised, rank: int) -> Subspace:
-        """Draw it at random (Halko, Martinsson & Tropp 2011, algorithm 4.4); only the speed of fits depends on it."""
+        """Draw it at random; only the speed of fits depends on it.
+
+        Source: Halko, Martinsson & Tropp 2011, algorithm 4.4, started with Clarkson & Woodruff's sums of rows (2013).
+        """
         stride = math.ceil(len(features.x) / SAMPLE)
         z = features.shared[::stride, :-1]
         n, d = z.shape
         rank = min(rank, n, d)
-        draw = torch.Generator().manual_seed(0)
-        probe = torch.randn(min(rank + 8, n, d), n, generator=draw).to(z)
-        basis = torch.linalg.qr((probe @ z).T)[0]
-        basis = torch.linalg.qr(((z @ basis).T @ z).T)[0]
-        seen = z @ basis
-        values, turn = torch.linalg.eigh(seen.T @ seen / n)
-        values, turn = values[-rank:].clamp(min=0.0), turn[:, -rank:]
+        # Sums of a few rows each, with a random sign: as good a start as a product with random numbers.
+        sums, draw = min(rank + OVER, n, d), torch.Generator().manual_seed(0)
+        sign = 2.0 * torch.randint(2, (n, 1), generator=draw).to(z) - 1.0
+        start = z.new_zeros(sums, d)
+        for rows, signs in zip(z.split(sums), sign.split(sums), strict=True):
+            start[: len(rows)].addcmul_(rows, signs)
+        basis = torch.linalg.qr(start.T)[0].T
+        basis = torch.linalg.qr(products.combined(products.dots(basis, z), z).T)[0].T
+        seen = products.dots(basis, z)
+        # In float64: of features that are constant but for rounding, float32's squares are too small for a solver.
+        values, turn = torch.linalg.eigh((products.dots(seen, seen) / n).double())
+        values, turn = values[-rank:].clamp(min=0.0).to(z), turn[:, -rank:].to(z)
         rest = float((torch.linalg.vector_norm(z) ** 2 / n - values.sum()).clamp(min=0.0))
-        ones = torch.ones_like(seen[:, :1])
-        return cls(basis @ turn, values, rest / max(1, min(n, d) - rank), stride, torch.cat([seen @ turn, ones], 1))
+        turned = seen.new_ones(n, rank + 1)
+        products.add_combined(seen.T, turn, turned[:, :-1].zero_())
+        return cls(products.combined(turn.T, basis), values, rest / max(1, min(n, d) - rank), stride, turned)
+
+    @classmethod
+    def whole(cls, features: Standardised) -> Subspace:
+        """Return all of the space, as it is."""
+        stride = math.ceil(len(features.x) / SAMPLE)
+        seen = features.shared[::stride]
+        return cls(None, seen.new_ones(seen.shape[1] - 1), 0.0, stride, seen)
 
     def to(self, dtype: torch.dtype) -> Subspace:
-        """Return the same in another precision."""
-        return Subspace(self.basis.to(dtype), self.values.to(dtype), self.tail, self.stride, self.seen.to(dtype))
+        """Return the same in another precision, but for the rows."""
+        basis = None if self.basis is None else self.basis.to(dtype)
+        return Subspace(basis, self.values.to(dtype), self.tail, self.stride, self.seen)
 
 
 class Spaces:
@@ -75,6 +94,7 @@ class Spaces:
 
     Attributes:
         kin: number of each problem's kin, those that differ from it only in the rows they use.
+        whole: whether the larger one is all of the space.
     """
 
     def __init__(self, features: Standardised, problems: int, kin: Int64[Tensor, " p"]) -> None:
@@ -83,6 +103,7 @@ class Spaces:
         A larger subspace saves steps, which are worth more the more a step costs.
         """
         self._features, self._problems, self.kin = features, problems, kin
+        self.whole = features.x.shape[1] <= LARGE
 
     @cached_property
     def small(self) -> Subspace:
@@ -93,7 +114,7 @@ class Spaces:
     @cached_property
     def large(self) -> Subspace:
         """Return what pays for problems that take hundreds of steps."""
-        return Subspace.of(self._features, LARGE)
+        return Subspace.whole(self._features) if self.whole else Subspace.of(self._features, LARGE)
 
 
 @dataclass(frozen=True)
@@ -106,9 +127,9 @@ class Shared:
     intercept: Float[Tensor, " q"]
 
     @classmethod
-    def of(cls, space: Subspace, curvature: Float[Tensor, "q n"]) -> Shared:
-        """Take the curvature of every row of every problem (each class of a problem counts as one here)."""
-        h = curvature.sum(1, keepdim=True)
+    def of(cls, space: Subspace, curved: Float[Tensor, " q"]) -> Shared:
+        """Take the sum of each problem's curvatures (each class of a problem counts as one here)."""
+        h = curved[:, None]
         outside = h * space.tail + 1.0
         inside = 1.0 / torch.minimum(h * space.values + 1.0, SPAN * outside) - 1.0 / outside
         return cls(space, inside, outside, h[:, 0])
@@ -117,7 +138,11 @@ class Shared:
         """Return the preconditioned gradient; the last entry is the intercept's."""
         out = torch.empty_like(gradient)
         torch.div(gradient[:, :-1], self.outside, out=out[:, :-1])
-        out[:, :-1].addmm_((gradient[:, :-1] @ self.space.basis).mul_(self.inside), self.space.basis.T)
+        if self.space.basis is None:
+            out[:, :-1] += gradient[:, :-1] * self.inside
+        else:
+            inside = products.dots(gradient[:, :-1], self.space.basis).mul_(self.inside)
+            products.add_combined(inside, self.space.basis, out[:, :-1])
         torch.div(gradient[:, -1], self.intercept, out=out[:, -1])
         return out
 
@@ -135,32 +160,39 @@ class Own:
     """
 
     space: Subspace
-    inverse: Float[Tensor, "q f f"]
+    factor: Float[Tensor, "q f f"]
     outside: Float[Tensor, "q 1"]
     mean: Float[Tensor, "q d"]
     scaling: Float[Tensor, "q d"]
 
     @classmethod
     def of(cls, space: Subspace, view: View, curvature: Float[Tensor, "q n"]) -> Own:
-        """Form each problem's Hessian in the subspace from the rows whose curvature counts, and invert it."""
+        """Form each problem's Hessian in the subspace from the rows whose curvature counts, and factor it.
+
+        In float32 whatever the problems are in: it only leads the way.
+        """
         q, f = len(curvature), space.seen.shape[1]
-        inverse = curvature.new_empty(q, f, f)
-        for own, weights in zip(inverse, curvature[:, :: space.stride] * space.stride, strict=True):
+        hessians = space.seen.new_empty(q, f, f)
+        counted = curvature[:, :: space.stride].to(hessians) * space.stride
+        for own, weights in zip(hessians, counted, strict=True):
             _hessian(space.seen, weights, own)
-        largest = _invert(inverse)
-        outside = torch.maximum(curvature.sum(1, keepdim=True) * space.tail + 1.0, largest / SPAN)
+        factor, largest = _factored(hessians)
+        outside = torch.maximum(curvature.sum(1, keepdim=True) * space.tail + 1.0, largest.to(curvature) / SPAN)
         classes = q // len(view.mean)
         mean, scaling = (part[:, 0].repeat_interleave(classes, 0) for part in (view.mean, view.scaling))
-        return cls(space, inverse, outside, mean, scaling)
+        return cls(space.to(curvature.dtype), factor.to(curvature.dtype), outside, mean, scaling)
 
     def apply(self, gradient: Float[Tensor, "q e"]) -> Float[Tensor, "q e"]:
         """Return the preconditioned gradient; the last entry is the intercept's."""
         turned = gradient[:, :-1] / self.scaling
         turned.addcmul_(self.mean, gradient[:, -1:])
-        seen = torch.cat([turned @ self.space.basis, gradient[:, -1:]], 1)
-        solved = torch.bmm(seen[:, None], self.inverse)[:, 0]
-        turned /= self.outside
-        turned.addmm_(solved[:, :-1] - seen[:, :-1] / self.outside, self.space.basis.T)
+        inside = turned if self.space.basis is None else products.dots(turned, self.space.basis)
+        solved = torch.cholesky_solve(torch.cat([inside, gradient[:, -1:]], 1)[..., None], self.factor)[..., 0]
+        if self.space.basis is None:
+            turned = solved[:, :-1]
+        else:
+            turned /= self.outside
+            products.add_combined(solved[:, :-1] - inside / self.outside, self.space.basis, turned)
         out = torch.empty_like(gradient)
         torch.div(turned, self.scaling, out=out[:, :-1])
         out[:, -1] = solved[:, -1] + torch.linalg.vecdot(turned, self.mean)
@@ -168,7 +200,7 @@ class Own:
 
     def keep(self, some: Bool[Tensor, " q"]) -> Own:
         """Return the part of some problems."""
-        parts = (part[some] for part in (self.inverse, self.outside, self.mean, self.scaling))
+        parts = (part[some] for part in (self.factor, self.outside, self.mean, self.scaling))
         return Own(self.space, *parts)
 
 
@@ -181,14 +213,14 @@ class Together:
     coordinates of `Own`, which does as well where its subspace is everything.
     """
 
-    inverse: Float[Tensor, "k e e"]
+    factor: Float[Tensor, "k e e"]
     members: tuple[Int64[Tensor, " _"], ...]
     mean: Float[Tensor, "p d"]
     scaling: Float[Tensor, "p d"]
 
     @classmethod
     def of(cls, view: View, curvature: Float[Tensor, "p n"], kin: Int64[Tensor, " p"], saved: int) -> Together | None:
-        """Form every kin's Hessian from some rows and invert it; None where that costs more than it saves.
+        """Form every kin's Hessian from some rows and factor it; None where that costs more than it saves.
 
         That is `saved` steps a problem.
         """
@@ -204,14 +236,13 @@ class Together:
         formed = len(set(leader.values()))
         if formed * len(z) * d + len(kins) * d * d > saved * 4 * n * len(kin):  # multiplications, over d
             return None
-        inverse = curved.new_empty(len(kins), d + 1, d + 1)
+        hessians = curved.new_empty(len(kins), d + 1, d + 1)
         for i, j in leader.items():
             if i == j:
-                _hessian(z, curved[i], inverse[i])
+                _hessian(z, curved[i], hessians[i])
             else:
-                torch.mul(inverse[j], curved[i].sum() / curved[j].sum(), out=inverse[i])
-        _invert(inverse)
-        return cls(inverse, members, view.mean[:, 0], view.scaling[:, 0])
+                torch.mul(hessians[j], curved[i].sum() / curved[j].sum(), out=hessians[i])
+        return cls(_factored(hessians)[0], members, view.mean[:, 0], view.scaling[:, 0])
 
     def apply(self, gradient: Float[Tensor, "p e"]) -> Float[Tensor, "p e"]:
         """Return the preconditioned gradient; the last entry is the intercept's."""
@@ -219,8 +250,9 @@ class Together:
         turned[:, :-1] /= self.scaling
         turned[:, :-1].addcmul_(self.mean, gradient[:, -1:])
         out = torch.empty_like(turned)
-        for own, inverse in zip(self.members, self.inverse, strict=True):
-            out[own] = turned[own] @ inverse
+        for own, factor in zip(self.members, self.factor, strict=True):
+            if len(own):
+                out[own] = torch.cholesky_solve(turned[own].T, factor).T
         out[:, -1] += torch.linalg.vecdot(out[:, :-1], self.mean)
         out[:, :-1] /= self.scaling
         return out
@@ -229,7 +261,7 @@ class Together:
         """Return the part of some problems."""
         place = some.cumsum(0) - 1
         members = tuple(place[own[some[own]]] for own in self.members)
-        return Together(self.inverse, members, self.mean[some], self.scaling[some])
+        return Together(self.factor, members, self.mean[some], self.scaling[some])
 
 
 def _leaders(curvature: Float[Tensor, "k m"]) -> dict[int, int]:
@@ -247,15 +279,19 @@ def _leaders(curvature: Float[Tensor, "k m"]) -> dict[int, int]:
 def _hessian(seen: Float[Tensor, "m f"], curvature: Float[Tensor, " m"], out: Float[Tensor, "f f"]) -> None:
     """Write seen' diag(curvature) seen, the lower triangle alone, from the rows whose curvature counts."""
     m, f = seen.shape
-    step, out = max(96, -(-f // 8)), out.zero_()
+    step, out = 128, out.zero_()
     for rows in torch.nonzero(curvature > NEGLIGIBLE / max(m, f))[:, 0].split(SAMPLE):
         part = seen[rows].mul_(curvature[rows].sqrt()[:, None])
         for first in range(0, f, step):
-            out[first:, first : first + step].addmm_(part[:, first:].T, part[:, first : first + step])
+            columns = slice(first, first + step)
+            products.add_combined(part[:, first:].T, part[:, columns], out[first:, columns])
 
 
-def _invert(hessians: Float[Tensor, "q f f"]) -> Float[Tensor, "q 1"]:
-    """Add the penalty, on all but the last column, and invert in place; return the largest diagonals."""
+def _factored(hessians: Float[Tensor, "q f f"]) -> tuple[Float[Tensor, "q f f"], Float[Tensor, "q 1"]]:
+    """Return Cholesky's factors with the penalty added, on all but the last column, and the largest diagonals.
+
+    The Hessians are changed.
+    """
     diagonal = hessians.diagonal(dim1=1, dim2=2)
     diagonal[:, :-1] += 1.0
     largest = diagonal.amax(1, keepdim=True)
@@ -264,6 +300,4 @@ def _invert(hessians: Float[Tensor, "q f f"]) -> Float[Tensor, "q 1"]:
     scale = diagonal.rsqrt()
     hessians.mul_(scale[:, :, None]).mul_(scale[:, None])
     factor, _ = torch.linalg.cholesky_ex(hessians)
-    torch.cholesky_inverse(factor, out=hessians)
-    hessians.mul_(scale[:, :, None]).mul_(scale[:, None])
-    return largest
+    return factor.div_(scale[:, :, None]), largest

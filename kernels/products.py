@@ -5,7 +5,8 @@ t + y f, the residual there is s sigmoid(-(t + y f)), and the slope that a line 
 residual times y f. Back: sum_i r_i (x_i, 1). X may be bfloat16, float16 or float32; sums are float32.
 
 On CUDA and ROCm the products are Triton kernels (`products_triton`), elsewhere matrix products of torch. X, residuals
-and weights may have a first axis of layers, each with its own problems.
+and weights may have a first axis of layers, each with its own problems. What a fit multiplies beside them, and all of
+it on a CPU, are `dots` and `combined`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from einops import einsum, reduce
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
+
+from gapprobe.kernels.moments import blocks
 
 ROWS = 1024  # rows a product takes at once: X in 16 bits is widened block by block
 
@@ -62,6 +65,51 @@ def pull_reference(x: Float[Tensor, "*l n d"], residual: Float[Tensor, "*l q n"]
     """Compute the product back in float64, for reading and for tests."""
     r = residual.double()
     return torch.cat([einsum(r, x.double(), "... q n, ... n d -> ... q d"), reduce(r, "... q n -> ... q 1", "sum")], -1)
+
+
+def dots(
+    left: Float[Tensor, "p e"], right: Float[Tensor, "n e"], centre: Float[Tensor, " e"] | None = None
+) -> Float[Tensor, "p n"]:
+    """Return left @ (right - centre).T in the precision of `left`; `right` may have a lower one."""
+    if left.device.type == "cpu":
+        from gapprobe.kernels import products_cpu  # a third of a second to import
+
+        return products_cpu.dots(left, right, centre)
+    if right.dtype == left.dtype and centre is None:
+        return left @ right.T
+    out = left.new_empty(len(left), len(right))
+    for block in blocks(*right.shape):
+        out[:, block] = left @ _less(right[block], centre, left.dtype).T
+    return out
+
+
+def add_combined(
+    left: Float[Tensor, "p n"],
+    right: Float[Tensor, "n d"],
+    out: Float[Tensor, "p d"],
+    centre: Float[Tensor, " d"] | None = None,
+) -> Float[Tensor, "p d"]:
+    """Add left @ (right - centre) to `out`, in its precision, and return it; `right` may have a lower one."""
+    if left.device.type == "cpu":
+        from gapprobe.kernels import products_cpu
+
+        return products_cpu.add_combined(left, right, out, centre)
+    if right.dtype == left.dtype and centre is None:
+        return out.addmm_(left, right)
+    for block in blocks(*right.shape):
+        out.addmm_(left[:, block], _less(right[block], centre, left.dtype))
+    return out
+
+
+def combined(
+    left: Float[Tensor, "p n"], right: Float[Tensor, "n d"], centre: Float[Tensor, " d"] | None = None
+) -> Float[Tensor, "p d"]:
+    """Return left @ (right - centre); see `add_combined`."""
+    return add_combined(left, right, left.new_zeros(len(left), right.shape[1]), centre)
+
+
+def _less(x: Tensor, centre: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if centre is None else x.to(dtype) - centre
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -16,8 +16,6 @@ from torch import Tensor
 from gapprobe.kernels import products
 from gapprobe.kernels.moments import blocks, standard
 
-ROWS = 1024  # rows a product takes at once: longer products run up to a third slower
-
 
 class Standardised:
     """X [n d], and for each group of problems with the same rows the mean and the deviation of every feature.
@@ -67,39 +65,30 @@ class View:
         """Return z . w + b for every row; the intercept is the last weight (e = d + 1)."""
         raw = torch.empty_like(weights)
         torch.mul(weights[..., :-1], self.scaling, out=raw[..., :-1])
-        raw[..., -1] = weights[..., -1] - (raw[..., :-1] * self.mean).sum(-1)
+        raw[..., -1] = weights[..., -1] - torch.linalg.vecdot(raw[..., :-1], self.mean)
         flat = raw.flatten(0, 1)
-        n = len(self.of.x)
-        out = flat.new_empty(len(flat), n)
         if flat.dtype == torch.float32 and products.on_gpu(flat):
             out = products.logits(self.of.shared[:, :-1], flat)
         elif flat.dtype == torch.float32:
-            for start in range(0, n, ROWS):
-                torch.mm(flat, self.of.shared[start : start + ROWS].T, out=out[:, start : start + ROWS])
+            out = products.dots(flat, self.of.shared)
         else:
-            coef, free = flat[:, :-1] / self.of.spread, flat[:, -1:]
-            for block in blocks(*self.of.x.shape):
-                out[:, block] = coef @ (self.of.x[block].double() - self.of.centre).T + free
+            out = products.dots(flat[:, :-1] / self.of.spread, self.of.x, self.of.centre).add_(flat[:, -1:])
         return out.unflatten(0, weights.shape[:2])
 
     def pull(self, residual: Float[Tensor, "p c n"]) -> Float[Tensor, "p c e"]:
         """Return sum_i r_i (z_i, 1): the transpose of `logits`."""
         flat = residual.flatten(0, 1)
-        n, d = self.of.x.shape
-        out = flat.new_zeros(len(flat), d + 1)
         if flat.dtype == torch.float32 and products.on_gpu(flat):
             out = products.pull(self.of.shared[:, :-1], flat)
         elif flat.dtype == torch.float32:
-            for start in range(0, n, ROWS):
-                out.addmm_(flat[:, start : start + ROWS], self.of.shared[start : start + ROWS])
+            out = products.combined(flat, self.of.shared)
         else:
-            for block in blocks(n, d):
-                out[:, :-1] += flat[:, block] @ (self.of.x[block].double() - self.of.centre)
+            out = flat.new_zeros(len(flat), self.of.x.shape[1] + 1)
+            products.add_combined(flat, self.of.x, out[:, :-1], self.of.centre)
             out[:, :-1] /= self.of.spread
             out[:, -1] = flat.sum(1)
         out = out.unflatten(0, residual.shape[:2])
-        out[..., :-1] -= out[..., -1:] * self.mean
-        out[..., :-1] *= self.scaling
+        out[..., :-1].addcmul_(out[..., -1:], self.mean, value=-1).mul_(self.scaling)
         return out
 
     def dense(

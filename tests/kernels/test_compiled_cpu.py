@@ -10,10 +10,31 @@ import sys
 import pytest
 import torch
 
-from gapprobe.kernels import columns_cpu, cosine, cosine_cpu, lens_cpu, logit_lens, moments
+from gapprobe.kernels import (
+    columns_cpu,
+    cosine,
+    cosine_cpu,
+    history_cpu,
+    lens_cpu,
+    line_cpu,
+    logistic,
+    logit_lens,
+    moments,
+    products_cpu,
+)
 from gapprobe.kernels.logit_lens import Unembedding
 
-SWEEPS = {"cosine": cosine_cpu.sums, "columns": columns_cpu.sums, "lens": lens_cpu.look}
+SWEEPS = {
+    "cosine": cosine_cpu.sums,
+    "columns": columns_cpu.sums,
+    "lens": lens_cpu.look,
+    "dots": products_cpu._dots,
+    "combined": products_cpu._add_combined,
+    "line": line_cpu.walk,
+    "remember": history_cpu._remember,
+    "before": history_cpu._before,
+    "after": history_cpu._after,
+}
 COMPILE = """
 import pickle, sys
 from tests.kernels.test_compiled_cpu import SWEEPS
@@ -40,6 +61,8 @@ def asked_for():
         moments.alike(x)
     end = Unembedding(torch.randn(50, 40), None, "none", None, None, 1e-6)
     logit_lens.read(torch.randn(2, 4, 40), end, torch.zeros(4, 1, dtype=torch.int64), top_k=3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        logistic.fit(torch.randn(60, 40).to(dtype), torch.arange(60)[None] % 2 == 0, torch.ones(1, 60))
     return {name: list(sweep.signatures) for name, sweep in SWEEPS.items()}
 
 
@@ -54,7 +77,7 @@ def test_no_sweep_gathers_what_lies_side_by_side(processor, tmp_path):
         [sys.executable, "-c", COMPILE, str(tmp_path / "asked"), str(tmp_path / "found")], env=environment, check=True
     )
     found = pickle.loads((tmp_path / "found").read_bytes())
-    assert len(found) >= 13
+    assert len(found) >= 27
     for name, signature, code in found:
         assert not re.findall(r"v\w*gather\w+", code), (name, signature)
         assert re.findall(r"v(fmadd\w+|addps)\s.*[yz]mm", code), (name, signature)

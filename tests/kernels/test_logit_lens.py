@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -293,23 +292,6 @@ def test_the_compiled_walk_is_the_plain_one(seed):
         assert getattr(found, name).equal(getattr(wanted, name)), name
     for name in ("total", "weighted", "crossed"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=4e-6, atol=4e-6)
-
-
-exponential = lens_cpu.exponential
-
-
-@numba.njit
-def each_exponential(u, out):
-    for i in range(len(u)):
-        out[i] = exponential(u[i])
-
-
-def test_the_exponential_is_as_good_as_float32_holds():
-    u = np.concatenate([-np.geomspace(1e-30, 87.0, 200_000), [0.0, -87.0]]).astype(np.float32)
-    found = np.empty_like(u)
-    each_exponential(u, found)
-    true = np.exp(u.astype(np.float64))
-    assert (np.abs(found - true) / np.spacing(true.astype(np.float32))).max() < 2
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 90])

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from gapprobe.errors import DataError
-from gapprobe.kernels.descent import History
+from gapprobe.kernels.descent import history_for
 from gapprobe.kernels.standardised import Standardised, View
 from gapprobe.probes.base import ROOM, LinearFits, check_problems, chunks, register_probe
 
@@ -168,7 +168,7 @@ def search(
     logits = both(theta)
     value, slopes = objective(logits, share)
     value, gradient = value + penalty(theta), views[0].pull(slopes[0]) + views[1].pull(slopes[1]) + weight * theta
-    history = History(gradient.flatten(0, 1))
+    history = history_for(gradient.flatten(0, 1))
     gain = 1.0 / torch.linalg.vector_norm(gradient, dim=-1).clamp(min=1.0)
     since = torch.zeros_like(value, dtype=torch.int64)
     for _ in range(steps):

@@ -1,0 +1,157 @@
+"""Matrix products of a few rows with many, compiled for this machine's CPU.
+
+The products of a fit are narrow: a few problems before thousands of rows. A BLAS first copies what it multiplies into
+an order of its own, which pays for wide products, and the one that torch brings uses half a vector where the CPU is not
+of its maker. Here a tile of the result is held in registers while the rows stream by as they lie, in 16 bits if so they
+are (Goto & van de Geijn 2008, without the packing). Every number of a result is added up in the same order whatever is
+computed beside it, by however many threads: a fit's way does not depend on the problems that share its products.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from gapprobe.kernels import tiles
+from gapprobe.kernels.compiled import by_rows, exact
+from gapprobe.kernels.tiles import BYTES, COMBINED, DOTS, address
+
+CHUNK = 1024  # numbers of a row that are multiplied at once, about: the right side's rows stay in the first cache
+DEPTH = 64  # rows that are added up at once, for the same reason
+PANEL = 48  # rows of the left side whose chunks stay in the second cache
+WORTH_A_THREAD = 1 << 27  # products: less takes no longer than handing it over
+
+
+def dots(
+    left: Float[Tensor, "p e"], right: Float[Tensor, "n e"], centre: Float[Tensor, " e"] | None = None
+) -> Float[Tensor, "p n"]:
+    """Return left @ (right - centre).T.
+
+    Args:
+        left: float32 or float64, as are `centre` and the result.
+        right: in any precision up to that one.
+        centre: taken off every row of `right`.
+    """
+    (p, e), n = left.shape, len(right)
+    out = left.new_zeros(p, n)
+    a, (a_step, _) = _memory(left)
+    b, (b_step, _) = _memory(right)
+    less, result = None if centre is None else centre.numpy(), out.view(-1).numpy()
+
+    def run(first: int, last: int) -> None:
+        _dots(a, a_step, p, b, b_step, first, last, e, less, result, n)
+
+    if out.numel() and e:
+        by_rows(run, n, p * e, WORTH_A_THREAD)
+    return out
+
+
+def add_combined(
+    left: Float[Tensor, "p n"],
+    right: Float[Tensor, "n d"],
+    out: Float[Tensor, "p d"],
+    centre: Float[Tensor, " d"] | None = None,
+) -> Float[Tensor, "p d"]:
+    """Add left @ (right - centre) to `out`, and return it.
+
+    Args:
+        left: as `out`; a transposed matrix is as good as any.
+        right: in any precision up to that one.
+        out: float32 or float64, changed in place; its rows may lie apart.
+        centre: as `out`, taken off every row of `right`.
+    """
+    (p, n), d = left.shape, right.shape[1]
+    a, (a_row, a_step) = _memory(left, straight=False)
+    b, (b_step, _) = _memory(right)
+    less = None if centre is None else centre.numpy()
+    result, (step, _) = _memory(out)
+    width = COMBINED[1] * (BYTES // out.itemsize)
+
+    def run(first: int, last: int) -> None:
+        _add_combined(a, a_row, a_step, p, b, b_step, n, first * width, min(d, last * width), less, result, step)
+
+    if out.numel() and n:
+        by_rows(run, -(-d // width), p * n * width, WORTH_A_THREAD)
+    return out
+
+
+def _memory(x: Shaped[Tensor, "n d"], *, straight: bool = True) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the memory of a matrix as one axis, 16-bit floats as in `compiled.flat`, and the strides of the matrix."""
+    (n, d), (row, step) = x.shape, x.stride()
+    if straight and d > 1 and step != 1:
+        x, row, step = x.contiguous(), d, 1
+    line = x.detach().as_strided((1 + (n - 1) * row + (d - 1) * step if n and d else 0,), (1,))
+    integers = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+    return (line.view(integers[x.dtype]) if x.dtype in integers else line).numpy(), (row, step)
+
+
+@exact
+@no_type_check
+def _dots(left, left_step, p, right, right_step, first, last, e, centre, out, out_step):
+    # Chunks are whole vectors and about as long as each other: a last one of an intercept alone would cost a sweep.
+    lanes = BYTES // out.itemsize
+    chunks = max(1, (e + CHUNK // 2) // CHUNK)
+    chunk = ((e + chunks - 1) // chunks + lanes - 1) // lanes * lanes
+    for panel in range(0, p, PANEL):
+        count = min(PANEL, p - panel)
+        passes = (count + DOTS[0] - 1) // DOTS[0]
+        for start in range(0, e, chunk):
+            length = min(chunk, e - start)
+            less = address(centre, start)
+            for i in range(first, last, DOTS[1]):
+                mine = address(right, i * right_step + start)
+                across = min(DOTS[1], last - i)
+                for t in range(passes):
+                    row, stop = panel + count * t // passes, panel + count * (t + 1) // passes
+                    # Every pass fetches one of the rows that come next.
+                    soon = min(i + (DOTS[1] + t % DOTS[1] if passes > 1 else 0), last - 1)
+                    tiles.add_dots(
+                        stop - row,
+                        address(left, row * left_step + start),
+                        left_step,
+                        mine,
+                        right_step,
+                        across,
+                        address(right, soon * right_step + start),
+                        less,
+                        length,
+                        address(out, row * out_step + i),
+                        out_step,
+                    )
+
+
+@exact
+@no_type_check
+def _add_combined(left, left_row, left_step, p, right, right_step, n, first, last, centre, out, out_step):
+    lanes = BYTES // out.itemsize
+    passes = (p + COMBINED[0] - 1) // COMBINED[0]
+    for start in range(0, n, DEPTH):
+        depth = min(DEPTH, n - start)
+        column = first
+        while column < last:
+            whole = last - column >= COMBINED[1] * lanes
+            at = start * right_step + column
+            less = address(centre, column)
+            for t in range(passes):
+                row, stop = p * t // passes, p * (t + 1) // passes
+                # Every pass fetches one of the vectors that come next.
+                soon = at + ((COMBINED[1] + t % COMBINED[1]) * lanes if whole and passes > 1 else 0)
+                tiles.add_combined(
+                    stop - row,
+                    address(left, row * left_row + start * left_step),
+                    left_row,
+                    left_step,
+                    address(right, at),
+                    right_step,
+                    last - column,
+                    address(right, soon),
+                    less,
+                    depth,
+                    address(out, row * out_step + column),
+                    out_step,
+                )
+            column += COMBINED[1] * lanes if whole else lanes

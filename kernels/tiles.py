@@ -1,0 +1,254 @@
+"""Tiles of matrix products in LLVM's own language: sums that stay in registers while rows stream by.
+
+What `products_cpu` is made of: a few rows of the left side times some rows of the right one (`DOTS`), or times some
+vectors of its columns (`COMBINED`). Sums are taken in the type of the result, float32 or float64; the right side is
+widened as it is read. Both tiles ask the memory for what comes after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, no_type_check
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+_TARGET: Any = cpu_target.target_context  # the processor that is compiled for
+BYTES = 64 if "+avx512f" in _TARGET.codegen().magic_tuple()[2] else 32  # of a vector
+# Rows of the left side in a tile, at most, and rows of the right side, or vectors of its columns: all sums, and what is
+# added to them, fit into the registers.
+DOTS = (4, 6) if BYTES == 64 else (6, 2)
+COMBINED = (6, 4) if BYTES == 64 else (6, 2)
+
+_INDEX, _INT = ir.IntType(64), ir.IntType(32)
+_FUSED = ("contract",)  # a product is rounded with the sum it is added to, where the CPU can
+# How LLVM names a kind of number, and its bytes; 16-bit kinds are those of `compiled.flat`.
+_KINDS: dict[Any, tuple[str, int]] = {
+    types.uint16: ("i16", 2),
+    types.int16: ("i16", 2),
+    types.float32: ("f32", 4),
+    types.float64: ("f64", 8),
+}
+
+
+@intrinsic
+@no_type_check
+def address(_context, array, _at):
+    """Return the address of a number of an array, None of None: what a tile is told."""
+    if array == types.none:
+        return types.none(array, types.int64), lambda context, *_: context.get_dummy_value()
+    signature = types.CPointer(array.dtype)(array, types.int64)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
+
+    return signature, generate
+
+
+@intrinsic
+@no_type_check
+def add_dots(_context, rows, left, left_step, right, right_step, across, soon, centre, e, out, out_step):
+    """Add to `out` the dot products of some rows of both sides, over `e` numbers; `centre` is taken off the right."""
+    signature = types.void(rows, left, left_step, right, right_step, across, soon, centre, e, out, out_step)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, left, left_step, right, right_step, across, soon, centre, e, out, out_step = args
+        tile = _Tile(builder, signature.args[9].dtype)
+        kind, wide = signature.args[3].dtype, signature.args[9].dtype
+        rest = builder.srem(e, _INDEX(tile.lanes))
+        whole = builder.sub(e, rest)
+        last = builder.sub(across, _INDEX(1))
+
+        def of(count: int) -> None:
+            sums = tile.zeros(count, DOTS[1])
+            lefts = [builder.gep(left, [builder.mul(_INDEX(i), left_step)]) for i in range(count)]
+            rights = []
+            for j in range(DOTS[1]):  # the last one in place of those that are not there
+                which = builder.select(builder.icmp_signed("<", _INDEX(j), last), _INDEX(j), last)
+                rights.append(builder.gep(right, [builder.mul(which, right_step)]))
+
+            def add(k: Any, mask: Any = None) -> None:
+                columns = [tile.load(builder.gep(row, [k]), kind, mask) for row in rights]
+                if signature.args[7] != types.none:
+                    off = tile.load(builder.gep(centre, [k]), wide, mask)
+                    columns = [builder.fsub(column, off) for column in columns]
+                for row, own in zip(lefts, sums, strict=True):
+                    factor = tile.load(builder.gep(row, [k]), wide, mask)
+                    for place, column in zip(own, columns, strict=True):
+                        tile.add_product(place, factor, column)
+
+            with cgutils.for_range_slice(builder, _INDEX(0), whole, _INDEX(tile.lanes), _INDEX) as (k, _):
+                tile.fetch(builder.gep(soon, [k]))
+                add(k)
+            with builder.if_then(builder.icmp_signed(">", rest, _INDEX(0))):
+                add(whole, tile.first(rest))
+            for i, own in enumerate(sums):
+                to = builder.gep(out, [builder.mul(_INDEX(i), out_step)])
+                for j in range(0, DOTS[1], 2):
+                    tile.add_pair(
+                        tile.totals(own[j : j + 2]), builder.gep(to, [_INDEX(j)]), builder.sub(across, _INDEX(j))
+                    )
+
+        tile.for_count(rows, DOTS[0], of)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+@no_type_check
+def add_combined(_context, rows, left, left_row, left_step, right, right_step, columns, soon, centre, n, out, out_step):
+    """Add to `out` sums over `n` rows of the right side, each times a number of the left one.
+
+    `columns` are those that are left of the row: a whole tile, or else one vector of at most so many.
+    """
+    signature = types.void(rows, left, left_row, left_step, right, right_step, columns, soon, centre, n, out, out_step)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, left, left_row, left_step, right, right_step, columns, soon, centre, n, out, out_step = args
+        tile = _Tile(builder, signature.args[10].dtype)
+        kind, wide = signature.args[4].dtype, signature.args[10].dtype
+
+        def of(count: int, vectors: int, mask: Any = None) -> None:
+            sums = tile.zeros(count, vectors)
+            lefts = [builder.gep(left, [builder.mul(_INDEX(i), left_row)]) for i in range(count)]
+            lanes = [_INDEX(j * tile.lanes) for j in range(vectors)]
+            off = None
+            if signature.args[8] != types.none:
+                off = [tile.load(builder.gep(centre, [j]), wide, mask) for j in lanes]
+            with cgutils.for_range_slice(builder, _INDEX(0), n, _INDEX(1), _INDEX) as (k, _):
+                at = builder.mul(k, right_step)
+                row = builder.gep(right, [at])
+                tile.fetch(builder.gep(soon, [at]))
+                numbers = [tile.load(builder.gep(row, [j]), kind, mask) for j in lanes]
+                if off is not None:
+                    numbers = [builder.fsub(number, less) for number, less in zip(numbers, off, strict=True)]
+                for own_left, own in zip(lefts, sums, strict=True):
+                    factor = builder.load(builder.gep(own_left, [builder.mul(k, left_step)]))
+                    factor = tile.spread(factor, tile.vector)
+                    for place, number in zip(own, numbers, strict=True):
+                        tile.add_product(place, factor, number)
+            for i, own in enumerate(sums):
+                for j, place in zip(lanes, own, strict=True):
+                    to = builder.gep(out, [builder.add(builder.mul(_INDEX(i), out_step), j)])
+                    tile.store(builder.fadd(tile.load(to, wide, mask), builder.load(place)), to, mask)
+
+        full = builder.icmp_signed(">=", columns, _INDEX(COMBINED[1] * tile.lanes))
+        with builder.if_else(full) as (then, otherwise):
+            with then:
+                tile.for_count(rows, COMBINED[0], lambda count: of(count, COMBINED[1]))
+            with otherwise:
+                tile.for_count(rows, COMBINED[0], lambda count: of(count, 1, tile.first(columns)))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+class _Tile:
+    """Vectors of one type of number, and what is done with them."""
+
+    def __init__(self, builder: Any, number: Any) -> None:
+        self.b, self.number = builder, number
+        self.size = _KINDS[number][1]
+        scalar = ir.FloatType() if number == types.float32 else ir.DoubleType()
+        self.lanes = BYTES // self.size
+        self.vector = ir.VectorType(scalar, self.lanes)
+
+    def for_count(self, count: Any, most: int, make: Callable[[int], None]) -> None:
+        """Make the code for every count of rows from 1 on, and go to that of this count."""
+        done = self.b.append_basic_block("done")
+        choice = self.b.switch(count, done)
+        for i in range(1, most + 1):
+            block = self.b.append_basic_block(f"rows{i}")
+            choice.add_case(_INDEX(i), block)
+            self.b.position_at_end(block)
+            make(i)
+            self.b.branch(done)
+        self.b.position_at_end(done)
+
+    def zeros(self, rows: int, vectors: int) -> list[list[Any]]:
+        """Return places for sums, 0 now; the compiler keeps them in registers."""
+        sums = [[cgutils.alloca_once(self.b, self.vector) for _ in range(vectors)] for _ in range(rows)]
+        for place in (place for row in sums for place in row):
+            self.b.store(ir.Constant(self.vector, [0.0] * self.lanes), place)
+        return sums
+
+    def first(self, count: Any) -> Any:
+        """Return a mask of the first lanes."""
+        lanes = ir.VectorType(_INDEX, self.lanes)
+        return self.b.icmp_signed("<", ir.Constant(lanes, list(range(self.lanes))), self.spread(count, lanes))
+
+    def spread(self, value: Any, vector: ir.VectorType) -> Any:
+        """Return a vector whose lanes are all one value."""
+        none = ir.Constant(vector, ir.Undefined)
+        lane = self.b.insert_element(none, value, _INT(0))
+        return self.b.shuffle_vector(lane, none, ir.Constant(ir.VectorType(_INT, self.lanes), [0] * self.lanes))
+
+    def load(self, pointer: Any, kind: Any, mask: Any = None) -> Any:
+        """Return numbers that lie side by side, as the tile's own."""
+        name, size = _KINDS[kind]
+        held = ir.VectorType(pointer.type.pointee, self.lanes)
+        at = self.b.bitcast(pointer, held.as_pointer())
+        if mask is None:
+            found = self.b.load(at, align=size)
+        else:
+            arguments = [at, _INT(size), mask, ir.Constant(held, None)]
+            found = self._call(f"llvm.masked.load.v{self.lanes}{name}.p0", held, arguments)
+        single = ir.VectorType(ir.FloatType(), self.lanes)
+        if kind == types.uint16:
+            words = ir.VectorType(_INT, self.lanes)
+            shifted = self.b.shl(self.b.zext(found, words), ir.Constant(words, [16] * self.lanes))
+            found = self.b.bitcast(shifted, single)
+        elif kind == types.int16:
+            found = self.b.fpext(self.b.bitcast(found, ir.VectorType(ir.HalfType(), self.lanes)), single)
+        return found if found.type == self.vector else self.b.fpext(found, self.vector)
+
+    def store(self, value: Any, pointer: Any, mask: Any = None) -> None:
+        """Write numbers side by side."""
+        at = self.b.bitcast(pointer, self.vector.as_pointer())
+        if mask is None:
+            self.b.store(value, at, align=self.size)
+        else:
+            name = f"llvm.masked.store.v{self.lanes}{_KINDS[self.number][0]}.p0"
+            self._call(name, ir.VoidType(), [value, at, _INT(self.size), mask])
+
+    def add_product(self, place: Any, a: Any, b: Any) -> None:
+        """Add a product to a sum: one instruction where the CPU has it."""
+        self.b.store(self.b.fadd(self.b.fmul(a, b, flags=_FUSED), self.b.load(place), flags=_FUSED), place)
+
+    def fetch(self, pointer: Any) -> None:
+        """Ask the memory for what is read soon."""
+        at = self.b.bitcast(pointer, ir.IntType(8).as_pointer())
+        self._call("llvm.prefetch.p0", ir.VoidType(), [at, _INT(0), _INT(2), _INT(1)])
+
+    def totals(self, sums: list[Any]) -> Any:
+        """Return the sum over the lanes of every vector, as one short vector: halves of two are added at once."""
+        vectors, size = [self.b.load(place) for place in sums], self.lanes
+        while size > 1:
+            low = [g + t for g in range(0, vectors[0].type.count, size) for t in range(size // 2)]
+            if len(vectors) > 1:
+                low += [vectors[0].type.count + i for i in low]
+            high = [i + size // 2 for i in low]
+            pairs = zip(vectors[::2], vectors[1::2] or vectors, strict=True)
+            vectors = [self.b.fadd(self._picked(a, b, low), self._picked(a, b, high)) for a, b in pairs]
+            size //= 2
+        return vectors[0]
+
+    def add_pair(self, totals: Any, pointer: Any, count: Any) -> None:
+        """Add two numbers, or the first, or none, to what is there."""
+        with self.b.if_else(self.b.icmp_signed(">=", count, _INDEX(2)), likely=True) as (both, fewer):
+            with both:
+                at = self.b.bitcast(pointer, totals.type.as_pointer())
+                self.b.store(self.b.fadd(self.b.load(at, align=self.size), totals), at, align=self.size)
+            with fewer, self.b.if_then(self.b.icmp_signed("==", count, _INDEX(1))):
+                self.b.store(self.b.fadd(self.b.load(pointer), self.b.extract_element(totals, _INT(0))), pointer)
+
+    def _picked(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(lanes)), lanes))
+
+    def _call(self, name: str, returned: ir.Type, arguments: list[Any]) -> Any:
+        kind = ir.FunctionType(returned, [argument.type for argument in arguments])
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), arguments)
