@@ -96,6 +96,16 @@ def larger(_context, _a, _b):
     return signature, lambda _, builder, __, args: builder.select(builder.fcmp_ordered(">", *args), *args)
 
 
+@sweep
+@no_type_check
+def dot(a, b):
+    """Return the sum of products of two lines of numbers, in their own precision."""
+    total = a.dtype.type(0)
+    for j in range(np.uintp(len(a))):  # of an index that might be negative the compiler would make a gather
+        total += a[j] * b[j]
+    return total
+
+
 def by_rows(run: Callable[[int, int], None], rows: int, width: int, worth: int | None = None) -> None:
     """Call `run(first, last)` for parts of the rows, one to each of torch's threads where that pays.
 

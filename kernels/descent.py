@@ -12,9 +12,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from gapprobe.kernels.history import History
-from gapprobe.kernels.line_search import Line, Place, walk
+from gapprobe.kernels.line_search import Place, aim, walk
 from gapprobe.kernels.losses import Loss, Point
-from gapprobe.kernels.preconditioner import LARGE, Own, Shared, Spaces, Together
+from gapprobe.kernels.preconditioner import LARGE, Own, Shared, Spaces, kin_of_classes
+from gapprobe.kernels.progress import Progress
 from gapprobe.kernels.standardised import Standardised
 
 EARLY = 6  # steps after which the Hessian of problems of one kin is taken, where that pays
@@ -23,10 +24,7 @@ SAVED = 40  # steps that it saves a problem, about
 OWN = (15, 40, 80, 140)
 OWN_LARGE = (200, 240, 290, 350, 420)
 FROM_START = (0, 10, 30, 60)
-OWN_LARGE_X = (200, 240, 290, 350, 420)
 ROOM = 1 << 25  # numbers in the Hessians of the large subspace
-PATIENCE = {torch.float32: 12, torch.float64: 100}  # steps without a smaller gradient or value: only rounding is left
-SMALLER = 1e-6  # share of its value by which an objective must fall to count: float32 cannot tell less
 
 
 def descend(
@@ -61,10 +59,6 @@ def descend(
     place = Place.of(loss, loss.turned(view.logits(weights)))
     weights = weights.flatten(1).clone()
 
-    def penalised(a: Tensor, b: Tensor) -> Tensor:
-        """Multiply the weights of each problem, without their intercepts."""
-        return torch.linalg.vecdot(a.view(-1, c, e)[..., :-1], b.view(-1, c, e)[..., :-1]).sum(1)
-
     def gradient_at(point: Point, weights: Tensor) -> Tensor:
         gradient = view.pull(loss.turned(point.residual.clone())).neg_()
         gradient[..., :-1] += weights.view(-1, c, e)[..., :-1]
@@ -78,38 +72,35 @@ def descend(
     history = history_for(weights)
     together, gain = False, torch.ones_like(weights[:, 0])
     size = torch.ones_like(gain)
-    best, lowest = torch.full_like(gain, torch.inf), torch.full_like(gain, torch.inf)
-    since = torch.zeros_like(gain, dtype=torch.int64)
+    progress = progress_for(weights.view(p, c, e))
     stuck = torch.zeros_like(gain, dtype=torch.bool)
     for step in range(most + 1):
-        value = place.value + penalised(weights, weights) / 2
-        left = (penalised(gradient, gradient) + _free(gradient.view(-1, c, e)[..., -1], place.curved)) / 2
-        better = (left < 0.9 * best) | (value < (1.0 - SMALLER) * lowest)
-        since, best, lowest = torch.where(better, 0, since + 1), torch.minimum(best, left), torch.minimum(lowest, value)
-        done = (left <= goal * value) | (since > PATIENCE[weights.dtype]) | stuck | (not step < most)
+        done = progress.arrived(weights.view(-1, c, e), gradient.view(-1, c, e), place, goal) | stuck | (step >= most)
         if bool(done.any()):
             done_weights[rows[done]], done_steps[rows[done]] = weights[done].view(-1, c, e), step
             on = ~done
             rows, weights, gradient, place = rows[on], weights[on], gradient[on], place.keep(on)
-            gain, best, lowest, since = gain[on], best[on], lowest[on], since[on]
-            view, loss, size = view.keep(on), loss.keep(on), size[on]
+            view, loss, gain, size = view.keep(on), loss.keep(on), gain[on], size[on]
             preconditioner = preconditioner.keep(on.repeat_interleave(c))
             history.keep(on)
+            progress.keep(on)
         if not len(rows):
             break
-        renewed: Together | Own | None = None
-        shareable = c == 1 and weights.dtype == torch.float32 and len(spaces.small.values) < e - 1
-        if shareable and (step == EARLY or together and step in OWN[1:]):
+        renewed, own_kin = None, spaces.kin[problems[rows]]
+        # Of few features each problem's own is cheap, and in float64 it is the end that counts.
+        shareable = weights.dtype == torch.float32 and len(spaces.small.values) < e - 1
+        if shareable and c == 1 and (step == EARLY or together and step in OWN[1:]):
             saved = max(SAVED, 2 * step)  # who has taken many steps has many before it
-            renewed = Together.of(view, loss.curvature(place.point)[:, 0], spaces.kin[problems[rows]], saved)
+            renewed = Own.together(view, loss.curvature(place.point)[:, 0], own_kin, saved)
             together = renewed is not None
         # All of a small space is had for little, and what float32 has not done is near: no time for less.
         at_once = spaces.whole and weights.dtype == torch.float64
-        large = step in (FROM_START if at_once else OWN_LARGE_X if spaces.whole else OWN_LARGE)
+        large = step in (FROM_START if at_once else OWN_LARGE)
         if renewed is None and (large or (step in OWN and not (together or at_once))):
             few = len(weights) * c * LARGE**2 <= ROOM
             space = spaces.large if large and few else spaces.small
-            renewed = Own.of(space, view, loss.curvature(place.point).flatten(0, 1))
+            shared = kin_of_classes(own_kin, c) if shareable and step == OWN[0] else None
+            renewed = Own.of(space, view, loss.curvature(place.point).flatten(0, 1), shared)
         if renewed is not None:
             preconditioner, history = renewed, history_for(weights)
             gain, size = torch.ones_like(gain), torch.ones_like(gain)
@@ -117,12 +108,10 @@ def descend(
         moved = precondition(passed)
         if isinstance(preconditioner, Shared):
             moved *= gain[:, None]
-        direction = history.after(moved, first).neg_()
-        slope = torch.linalg.vecdot(gradient, direction)
-        stuck = ~(slope < 0)
-        direction.masked_fill_(stuck[:, None], 0.0)
+        direction = history.after(moved, first)
+        line = aim(direction.view(-1, c, e), gradient.view(-1, c, e), weights.view(-1, c, e))
+        stuck = ~(line.slope < 0)
         along = loss.turned(view.logits(direction.view(-1, c, e)))
-        line = Line(penalised(weights, direction), penalised(direction, direction), slope)
         size, place = walk(loss, place, along, line, size)
         walked = direction.mul_(size[:, None])
         weights = weights + walked
@@ -144,9 +133,10 @@ def history_for(like: Float[Tensor, "p e"]) -> History:
     return CpuHistory(like)
 
 
-def _free(slope: Float[Tensor, "p c"], curved: Float[Tensor, "p c"]) -> Float[Tensor, " p"]:
-    """Bound, times 2, what putting the intercepts right gains: only the rows curve the objective there.
+def progress_for(like: Float[Tensor, "p c e"]) -> Progress:
+    """Return the progress of these problems, by a compiled loop on a CPU."""
+    if like.device.type != "cpu":
+        return Progress(like)
+    from gapprobe.kernels.progress_cpu import CpuProgress  # a third of a second to import
 
-    It moves the gradient by its own times a mean of z, of length 1 or so: hence the 1.
-    """
-    return (slope * slope * (1.0 + 1.0 / curved.clamp(min=1e-20))).sum(1)
+    return CpuProgress(like)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gapprobe.kernels.compiled import by_rows, exact, sweep
+from gapprobe.kernels.compiled import by_rows, dot, exact, sweep
 from gapprobe.kernels.history import MEMORY, History
 
 assert MEMORY == 5  # as `_dots` and `_combined` write out
@@ -23,7 +23,7 @@ class CpuHistory(History):
         """Remember a pair in place of the oldest."""
         slot, e = self._next(), step.shape[1]
         arrays = (self._flat(step), self._flat(change), e, slot, self.slots.numpy(), self.count)
-        self._by_problem(_remember, *arrays, *self._vectors(), self.products.numpy())
+        self._by_problem(_remember, *arrays, *self._vectors(), self._flat(self.products))
 
     def before(self, gradient: Float[Tensor, "p e"]) -> tuple[Float[Tensor, "p e"], Float[Tensor, "p m"]]:
         """Return what the preconditioner is to be applied to, and the first loop's coefficients."""
@@ -31,7 +31,7 @@ class CpuHistory(History):
             return gradient, gradient[:, :0]
         (p, e), out = gradient.shape, torch.empty_like(gradient)
         first = gradient.new_empty(p, MEMORY)
-        told = (first.numpy(), e, self.slots.numpy(), self.count, *self._vectors(), self.products.numpy())
+        told = (first.numpy(), e, self.slots.numpy(), self.count, *self._vectors(), self._flat(self.products))
         self._by_problem(_before, self._flat(gradient), self._flat(out), *told)
         return out, first
 
@@ -40,7 +40,7 @@ class CpuHistory(History):
         if not self.count:
             return moved
         e, out = moved.shape[1], torch.empty_like(moved)
-        told = (first.numpy(), e, self.slots.numpy(), self.count, *self._vectors(), self.products.numpy())
+        told = (first.numpy(), e, self.slots.numpy(), self.count, *self._vectors(), self._flat(self.products))
         self._by_problem(_after, self._flat(moved), self._flat(out), *told)
         return out
 
@@ -63,18 +63,17 @@ def _remember(step, change, e, slot, slots, count, steps, changes, products, fir
         mine, other = step[i * e : (i + 1) * e], change[i * e : (i + 1) * e]
         at = (i * MEMORY + slot) * e
         kept, turned = steps[at : at + e], changes[at : at + e]
-        length = step[0] - step[0]
-        for j in range(e):
-            length += mine[j] * other[j]
+        length = dot(mine, other)
         # Where rounding has eaten the curvature the pair says nothing; zeros with a product of 1 leave no trace.
         useful = length > 0
-        for j in range(e):
-            kept[j] = mine[j] if useful else 0
-            turned[j] = other[j] if useful else 0
+        if useful:
+            kept[:], turned[:] = mine, other
+        else:
+            kept[:], turned[:] = 0, 0
         ring = _dots(steps[i * MEMORY * e : (i + 1) * MEMORY * e], turned)
         for k in range(age):
-            products[i, k, age] = ring[slots[k]]
-        products[i, age, age] = length if useful else 1
+            products[(i * MEMORY + k) * MEMORY + age] = ring[slots[k]]
+        products[(i * MEMORY + age) * MEMORY + age] = length if useful else 1
 
 
 @sweep
@@ -84,7 +83,7 @@ def _before(gradient, out, first, e, slots, count, steps, changes, products, beg
     for i in range(begin, end):
         mine = gradient[i * e : (i + 1) * e]
         ring = _dots(steps[i * MEMORY * e : (i + 1) * MEMORY * e], mine)
-        _solve_first(products[i], ring, slots, count, weights, first[i])
+        _solve_first(products[i * MEMORY**2 : (i + 1) * MEMORY**2], ring, slots, count, weights, first[i])
         _combined(changes[i * MEMORY * e : (i + 1) * MEMORY * e], weights, mine, -1.0, out[i * e : (i + 1) * e])
 
 
@@ -95,7 +94,7 @@ def _after(moved, out, first, e, slots, count, steps, changes, products, begin, 
     for i in range(begin, end):
         mine = moved[i * e : (i + 1) * e]
         ring = _dots(changes[i * MEMORY * e : (i + 1) * MEMORY * e], mine)
-        _solve_second(products[i], ring, slots, count, weights, first[i])
+        _solve_second(products[i * MEMORY**2 : (i + 1) * MEMORY**2], ring, slots, count, weights, first[i])
         _combined(steps[i * MEMORY * e : (i + 1) * MEMORY * e], weights, mine, 1.0, out[i * e : (i + 1) * e])
 
 
@@ -104,22 +103,26 @@ def _after(moved, out, first, e, slots, count, steps, changes, products, begin, 
 def _solve_first(products, ring, slots, count, weights, first):
     """Solve the upper triangle for the ring's products; `weights` are the solution as the ring lies."""
     for k in range(count - 1, -1, -1):
+        row, known = products[k * MEMORY + k + 1 : k * MEMORY + count], first[k + 1 : count]
         rest = ring[slots[k]]
-        for m in range(k + 1, count):
-            rest -= products[k, m] * first[m]
-        first[k] = rest / products[k, k]
+        for m in range(len(row)):
+            rest -= row[m] * known[m]
+        first[k] = rest / products[k * MEMORY + k]
         weights[slots[k]] = first[k]
 
 
 @exact
 @no_type_check
 def _solve_second(products, ring, slots, count, weights, first):
-    """Solve the lower triangle for the diagonal times `first`, less the ring's products."""
+    """Solve the lower triangle for the diagonal times `first`, less the ring's products; `first` is used up."""
     for k in range(count):
-        rest = products[k, k] * first[k] - ring[slots[k]]
-        for m in range(k):
-            rest -= products[m, k] * weights[slots[m]]
-        weights[slots[k]] = rest / products[k, k]
+        first[k] = products[k * MEMORY + k] * first[k] - ring[slots[k]]
+    for k in range(count):
+        row, later = products[k * MEMORY + k + 1 : k * MEMORY + count], first[k + 1 : count]
+        found = first[k] / products[k * MEMORY + k]
+        for m in range(len(row)):
+            later[m] -= row[m] * found
+        weights[slots[k]] = found
 
 
 @sweep
@@ -135,7 +138,7 @@ def _dots(vectors, one):
         vectors[4 * e :],
     )
     a = b = c = d = f = one[0] - one[0]
-    for j in range(e):
+    for j in range(np.uintp(e)):  # of an index that might be negative the compiler would make a gather
         x = one[j]
         a += v0[j] * x
         b += v1[j] * x
@@ -164,5 +167,5 @@ def _combined(vectors, weights, one, sign, out):
         kind(sign * weights[3]),
         kind(sign * weights[4]),
     )
-    for j in range(e):
+    for j in range(np.uintp(e)):  # as above
         out[j] = one[j] + (a * v0[j] + b * v1[j] + c * v2[j] + d * v3[j] + f * v4[j])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import no_type_check
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
-from gapprobe.kernels.compiled import by_rows, larger, sweep
+from gapprobe.kernels.compiled import by_rows, dot, larger, sweep
 from gapprobe.kernels.exponential_cpu import FAINTEST, exponential, log_of_one_and
 from gapprobe.kernels.losses import Point
 
@@ -25,12 +25,43 @@ def walk_all(
 ) -> tuple[Float32[Tensor, " p"], Float32[Tensor, " p"], Float32[Tensor, " p"]]:
     """Walk, overwriting `turned` and `point`; return steps, losses and sums of curvatures."""
     p, _, n = turned.shape
-    told = line.new_empty(p, 3)
+    told = line.new_empty(3, p)
     rows = (each.view(-1).numpy() for each in (turned, along, weight, point.residual, point.share))
     mine, way, own, residual, share = rows
     arrays = (mine, way, own, n, line.numpy(), residual, share, told.numpy(), trials)
     by_rows(lambda first, last: walk(*arrays, first, last), p, 16 * n)
-    return told[:, 0], told[:, 1], told[:, 2]
+    return told[0], told[1], told[2]
+
+
+def aim(
+    direction: Float[Tensor, "p c e"], gradient: Float[Tensor, "p c e"], weights: Float[Tensor, "p c e"]
+) -> Float[Tensor, "3 p"]:
+    """Turn directions downhill in place; return the penalty's slope and bend along them, and the slope of all."""
+    p, c, e = direction.shape
+    told = direction.new_empty(3, p)
+    arrays = (each.view(-1).numpy() for each in (direction, gradient, weights))
+    _aim(*arrays, c, e, told.numpy())
+    return told
+
+
+@sweep
+@no_type_check
+def _aim(direction, gradient, weights, c, e, told):
+    nothing = direction.dtype.type(0)
+    for i in range(told.shape[1]):
+        way = direction[i * c * e : (i + 1) * c * e]
+        slope = -dot(way, gradient[i * c * e : (i + 1) * c * e])
+        if slope < 0:
+            for j in range(np.uintp(len(way))):
+                way[j] = -way[j]
+        else:
+            way[:] = nothing
+        linear, quadratic = 0.0, 0.0
+        for k in range(i * c, (i + 1) * c):
+            part = direction[k * e : (k + 1) * e - 1]
+            linear += dot(weights[k * e : (k + 1) * e - 1], part)
+            quadratic += dot(part, part)
+        told[0, i], told[1, i], told[2, i] = linear, quadratic, slope
 
 
 @sweep
@@ -71,8 +102,8 @@ def walk(turned, along, weight, n, line, residual, share, told, trials, first, l
                 t *= 4
             else:
                 t = (low + high) / 2
-        told[i, 0] = t
-        told[i, 1], told[i, 2] = arrive(
+        told[0, i] = t
+        told[1, i], told[2, i] = arrive(
             mine, way, own, np.float32(t), residual[i * n : (i + 1) * n], share[i * n : (i + 1) * n]
         )
 

@@ -20,7 +20,7 @@ from gapprobe.kernels import tiles
 from gapprobe.kernels.compiled import by_rows, exact
 from gapprobe.kernels.tiles import BYTES, COMBINED, DOTS, address
 
-CHUNK = 1024  # numbers of a row that are multiplied at once, about: the right side's rows stay in the first cache
+CHUNK = 4096  # bytes of a row that are multiplied at once, about: the right side's rows stay in the first cache
 DEPTH = 64  # rows that are added up at once, for the same reason
 PANEL = 48  # rows of the left side whose chunks stay in the second cache
 WORTH_A_THREAD = 1 << 27  # products: less takes no longer than handing it over
@@ -94,7 +94,8 @@ def _memory(x: Shaped[Tensor, "n d"], *, straight: bool = True) -> tuple[np.ndar
 def _dots(left, left_step, p, right, right_step, first, last, e, centre, out, out_step):
     # Chunks are whole vectors and about as long as each other: a last one of an intercept alone would cost a sweep.
     lanes = BYTES // out.itemsize
-    chunks = max(1, (e + CHUNK // 2) // CHUNK)
+    most = CHUNK // out.itemsize
+    chunks = max(1, (e + most // 2) // most)
     chunk = ((e + chunks - 1) // chunks + lanes - 1) // lanes * lanes
     for panel in range(0, p, PANEL):
         count = min(PANEL, p - panel)

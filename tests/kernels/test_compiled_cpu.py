@@ -21,6 +21,7 @@ from gapprobe.kernels import (
     logit_lens,
     moments,
     products_cpu,
+    progress_cpu,
 )
 from gapprobe.kernels.logit_lens import Unembedding
 
@@ -34,6 +35,8 @@ SWEEPS = {
     "remember": history_cpu._remember,
     "before": history_cpu._before,
     "after": history_cpu._after,
+    "aim": line_cpu._aim,
+    "progress": progress_cpu._look,
 }
 COMPILE = """
 import pickle, sys

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gapprobe.kernels import compiled, line_search
-from gapprobe.kernels.line_search import SLOPE, Line, Place, walk
+from gapprobe.kernels.line_search import SLOPE, Line, Place, aim, walk
 from gapprobe.kernels.losses import Binary
 
 FAINT = 2e-38  # a probability below this is not held by float32
@@ -110,3 +110,25 @@ def test_trials_come_to_an_end():
     line = Line(line.linear - 1e6, torch.zeros(2), line.slope)
     size, _ = walk(loss, Place.of(loss, turned.clone()), along, line, torch.ones(2))
     assert bool((size <= line_search.GROWTH * 8.0**line_search.TRIALS).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_direction_points_downhill_and_what_is_known_of_it_is_so(dtype, classes):
+    g = torch.Generator().manual_seed(0)
+    uphill, gradient, weights = torch.randn(3, 5, classes, 40, generator=g, dtype=torch.float64)
+    gradient[0] = uphill[0]
+    gradient[1] = -uphill[1]  # points downhill as it is: rounding is all that is left
+    gradient[2, 0, 0] = torch.nan
+    direction = uphill.to(dtype).clone()
+    line = aim(direction, gradient.to(dtype), weights.to(dtype))
+    slope = -(gradient * uphill).sum((1, 2))
+    good = slope < 0
+    assert good.tolist()[:3] == [True, False, False]
+    assert direction.equal((-uphill * good[:, None, None]).to(dtype))
+    way, own = direction.double()[..., :-1], weights[..., :-1]
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(line.linear.double(), (own * way).sum((1, 2)), **close)
+    torch.testing.assert_close(line.quadratic.double(), (way * way).sum((1, 2)), **close)
+    torch.testing.assert_close(line.slope.double()[good], slope[good], **close)
+    assert not bool((line.slope[~good] < 0).any())

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from gapprobe.kernels import logistic, preconditioner
 from gapprobe.kernels.losses import Binary, Multinomial
-from gapprobe.kernels.preconditioner import Own, Shared, Subspace, Together
+from gapprobe.kernels.preconditioner import Own, Shared, Subspace, kin_of_classes
 from gapprobe.kernels.standardised import Standardised
 
 
@@ -284,7 +284,7 @@ def test_kin_have_the_inverse_of_their_mean_hessian(monkeypatch):
     curvature = shape[kin] * used
     on = torch.tensor([True, True, False, True, True, True])  # one has reached its goal
     monkeypatch.setattr(preconditioner, "MOST", 400)  # all rows
-    made = Together.of(view, curvature, kin, 1000)  # of so few problems it would not pay
+    made = Own.together(view, curvature, kin, 1000)  # of so few problems it would not pay
     assert made is not None
     made = made.keep(on)
     gradient = torch.randn(6, 21, generator=torch.Generator().manual_seed(3))[on]
@@ -300,6 +300,59 @@ def test_kin_have_the_inverse_of_their_mean_hessian(monkeypatch):
         assert float((made.apply(gradient)[at] - exact).norm() / exact.norm()) < 1e-2  # as above
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_kin_share_the_mean_of_their_hessians_in_a_subspace(whole):
+    x, _ = problem(17, 400, 20)
+    kin = torch.tensor([4, 2, 4, 2, 0, 0, 7])
+    used = torch.rand(7, 400, generator=torch.Generator().manual_seed(1)) < 0.8
+    features = Standardised(x, used)
+    view = features.view(torch.arange(7), torch.float32)
+    space = Subspace.whole(features) if whole else Subspace.of(features, 8)
+    curvature = 100 * torch.rand(7, 400, generator=torch.Generator().manual_seed(2)) * used
+    shared = Own.of(space, view, curvature, kin)
+    assert len(shared.factor) == 4
+    means = torch.stack([curvature[kin == number].mean(0) for number in kin])
+    alone = Own.of(space, view, means)
+    gradient = torch.randn(7, 21, generator=torch.Generator().manual_seed(3))
+    on = torch.tensor([True, True, False, True, True, True, False])  # some have reached their goal, one kin wholly
+    for got, wanted in (
+        (shared, alone),
+        (shared.keep(on), alone.keep(on)),
+        (shared.keep(on).keep(on[on]), alone.keep(on)),
+    ):
+        given = gradient if len(got.kin) == 7 else gradient[on]
+        # Outside of the subspace a problem's own curvature counts, in it its kin's; here all are about as large.
+        torch.testing.assert_close(got.apply(given), wanted.apply(given), rtol=2e-2, atol=2e-4)
+    assert len(shared.keep(on).factor) == 3
+
+
+def test_kin_of_classes_are_the_same_class_of_kin():
+    numbers = kin_of_classes(torch.tensor([3, 1, 3]), 2)
+    assert numbers[:2].equal(numbers[4:])
+    assert len(numbers.unique()) == 4
+
+
+def test_all_of_a_small_space_is_its_own_basis():
+    """A problem's Hessian in all dimensions, and what it gives: no subspace, nothing outside."""
+    x, _ = problem(13, 90, 7)
+    used = torch.rand(2, 90, generator=torch.Generator().manual_seed(1)) < 0.8
+    features = Standardised(x, used)
+    view, gradient = features.view(torch.arange(2), torch.float32), torch.randn(2, 8)
+    curvature = 100 * torch.rand(2, 90, generator=torch.Generator().manual_seed(2)) * used
+    every = (Own.of(space, view, curvature) for space in (Subspace.whole(features), Subspace.of(features, 7)))
+    whole, turned = (each.apply(gradient) for each in every)
+    torch.testing.assert_close(whole, turned, rtol=1e-3, atol=1e-5)
+
+
+def test_features_that_are_constant_but_for_rounding_have_a_subspace():
+    """Their squares are below what float32's solvers of eigenvalues can tell apart."""
+    x = torch.full((80, 16), 0.1, dtype=torch.float64) + 1e-17 * torch.randn(80, 16, dtype=torch.float64)
+    features = Standardised(x, torch.ones(1, 80) > 0)
+    features.shared[:, :-1] = 1e-22 * torch.randn(80, 16)
+    space = Subspace.of(features, 16)
+    assert bool(space.seen.isfinite().all())
+
+
 def test_folds_of_many_rows_share_a_hessian_and_take_fewer_steps(monkeypatch):
     x, y = problem(19, 2600, 640)
     # As activations are: most of the variance in a few directions, which are no single features.
@@ -313,7 +366,7 @@ def test_folds_of_many_rows_share_a_hessian_and_take_fewer_steps(monkeypatch):
         return logistic.fit(x, y.expand(10, -1), weights, strengths)
 
     together = fitted()
-    monkeypatch.setattr(Together, "of", lambda *_: None)
+    monkeypatch.setattr(Own, "together", lambda *_: None)
     alone = fitted()
     assert float(together.steps.double().mean()) < 0.8 * float(alone.steps.double().mean())
     for each in (together, alone):
@@ -333,7 +386,7 @@ def test_a_hessian_is_shared_only_where_it_pays():
 
     def made(rows, kin):
         view = Standardised(x[:rows], torch.ones(10, rows) > 0).view(torch.arange(10), torch.float32)
-        return Together.of(view, curvature[:, :rows], kin, 40)
+        return Own.together(view, curvature[:, :rows], kin, 40)
 
     folds, strangers = torch.zeros(10).long(), torch.arange(10)
     assert made(2000, folds) is not None
