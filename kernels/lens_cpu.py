@@ -11,10 +11,10 @@ from typing import no_type_check
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from gapprobe.kernels import lens_torch
+from gapprobe.kernels import lens_torch, products_cpu
 from gapprobe.kernels.compiled import bits, by_rows, exact, from_bits, larger, sweep
 from gapprobe.kernels.exponential_cpu import FAINTEST, exponential
 from gapprobe.kernels.lens_parts import NO_KEY, Part, merge
@@ -26,7 +26,13 @@ _PARTS = 32  # tiles whose sums wait to be made one
 
 
 class CpuWalker(TorchWalker):
-    """Rows before a shard of the vocabulary, multiplied by torch and looked at by a compiled sweep."""
+    """Rows before a shard of the vocabulary, multiplied and looked at by compiled sweeps."""
+
+    def multiply(self, weight: Float[Tensor, "w d"], out: Float32[Tensor, "m f"]) -> None:
+        """Write the products of all rows with some words, read in 16 bits if so they are."""
+        products_cpu.dots(
+            self._h, weight.float() if weight.dtype == torch.float64 else weight, out=out[:, : len(weight)]
+        )
 
     def walk(self, targets: Int64[Tensor, "n q"], aims: Float32[Tensor, "l n q"], top_k: int, crossed: bool) -> Part:
         """Return what the shard says of all rows; ranks are counted against `aims`."""

@@ -69,17 +69,22 @@ class TorchWalker:
 
     def logits(self, words: slice | Int64[Tensor, " w"], out: Float32[Tensor, "m f"]) -> Float32[Tensor, "m f"]:
         """Write the logits of some words, and what is no word's beside them."""
-        weight = self.shard.weight[words].float()
+        weight = self.shard.weight[words]
         count = len(weight)
-        if count < out.shape[1]:
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, out.shape[1] - count))
-        torch.mm(self._h, weight.T, out=out)
+        self.multiply(weight, out)
         if self.shard.bias is not None:
             out[:, :count] += self.shard.bias[words].float()
         if self.shard.cap is not None:
             out.div_(self.shard.cap).tanh_().mul_(self.shard.cap)
         out[:, count:] = NOWHERE
         return out
+
+    def multiply(self, weight: Float[Tensor, "w d"], out: Float32[Tensor, "m f"]) -> None:
+        """Write the products of all rows with some words; what stands beside them may be anything."""
+        weight = weight.float()
+        if len(weight) < out.shape[1]:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, out.shape[1] - len(weight)))
+        torch.mm(self._h, weight.T, out=out)
 
     def layered(self, lines: Float32[Tensor, "m f"]) -> Float32[Tensor, "l n f"]:
         """Return lines by layer and row, without those that only fill up."""

@@ -27,7 +27,10 @@ WORTH_A_THREAD = 1 << 27  # products: less takes no longer than handing it over
 
 
 def dots(
-    left: Float[Tensor, "p e"], right: Float[Tensor, "n e"], centre: Float[Tensor, " e"] | None = None
+    left: Float[Tensor, "p e"],
+    right: Float[Tensor, "n e"],
+    centre: Float[Tensor, " e"] | None = None,
+    out: Float[Tensor, "p n"] | None = None,
 ) -> Float[Tensor, "p n"]:
     """Return left @ (right - centre).T.
 
@@ -35,15 +38,17 @@ def dots(
         left: float32 or float64, as are `centre` and the result.
         right: in any precision up to that one.
         centre: taken off every row of `right`.
+        out: where to write; its rows may lie apart.
     """
     (p, e), n = left.shape, len(right)
-    out = left.new_zeros(p, n)
+    out = left.new_zeros(p, n) if out is None else out.zero_()
     a, (a_step, _) = _memory(left)
     b, (b_step, _) = _memory(right)
-    less, result = None if centre is None else centre.numpy(), out.view(-1).numpy()
+    less = None if centre is None else centre.numpy()
+    result, (step, _) = _memory(out)
 
     def run(first: int, last: int) -> None:
-        _dots(a, a_step, p, b, b_step, first, last, e, less, result, n)
+        _dots(a, a_step, p, b, b_step, first, last, e, less, result, step)
 
     if out.numel() and e:
         by_rows(run, n, p * e, WORTH_A_THREAD)
