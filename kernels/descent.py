@@ -2,7 +2,7 @@
 
 Minimises loss(Z w + b) + |w|^2 / 2 for all problems together. What makes it fast: the products are wide (all problems
 share X); logits are linear along a step, so a line search never reads X; every problem is preconditioned, at first by
-what all share, then by its own Hessian in a subspace; one that has reached its goal is dropped.
+what all share, then by its kin's Hessian in a subspace, then by its own; one that has reached its goal is dropped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from gapprobe.kernels.standardised import Standardised
 
 EARLY = 6  # steps after which the Hessian of problems of one kin is taken, where that pays
 SAVED = 40  # steps that it saves a problem, about
-# Steps after which a problem's own Hessian is taken, if it still runs: in the small subspace, later in the large one.
+# Steps after which a problem's own Hessian is taken, if it still runs: in the small subspace, later in the large one. The
+# first is its kin's. What float32 has left over has that of the large one at once, where this is all of the space.
 OWN = (15, 40, 80, 140)
 OWN_LARGE = (200, 240, 290, 350, 420)
-FROM_START = (0, 10, 30, 60)
-ROOM = 1 << 25  # numbers in the Hessians of the large subspace
+LEFT_OVER = (0, 10, 30, 60)
+ROOM = 1 << 27  # bytes of the Hessians of the large subspace
 
 
 def descend(
@@ -93,11 +94,10 @@ def descend(
             saved = max(SAVED, 2 * step)  # who has taken many steps has many before it
             renewed = Own.together(view, loss.curvature(place.point)[:, 0], own_kin, saved)
             together = renewed is not None
-        # All of a small space is had for little, and what float32 has not done is near: no time for less.
-        at_once = spaces.whole and weights.dtype == torch.float64
-        large = step in (FROM_START if at_once else OWN_LARGE)
+        few = len(weights) * c * min(e, LARGE) ** 2 * weights.itemsize <= ROOM
+        at_once = spaces.whole and few and weights.dtype == torch.float64
+        large = step in (LEFT_OVER if at_once else OWN_LARGE)
         if renewed is None and (large or (step in OWN and not (together or at_once))):
-            few = len(weights) * c * LARGE**2 <= ROOM
             space = spaces.large if large and few else spaces.small
             shared = kin_of_classes(own_kin, c) if shareable and step == OWN[0] else None
             renewed = Own.of(space, view, loss.curvature(place.point).flatten(0, 1), shared)

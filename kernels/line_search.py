@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gapprobe.kernels.losses import Binary, Loss, Point
 
-SLOPE = 0.3  # a step is taken when the slope at its end is this share of the slope at its start
+SLOPE = 0.2  # a step is taken when the slope at its end is this share of the slope at its start
 GROWTH = 3.0  # of a step over the last one, at most, before a longer one is tried
 TRIALS = 20
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from gapprobe.kernels import logistic, preconditioner
+from gapprobe.kernels import descent, logistic, preconditioner
 from gapprobe.kernels.losses import Binary, Multinomial
 from gapprobe.kernels.preconditioner import Own, Shared, Subspace, kin_of_classes
 from gapprobe.kernels.standardised import Standardised
@@ -456,3 +456,16 @@ def test_bad_input_is_refused_by_name(spoil, message):
 
 def test_no_problem_at_all():
     assert logistic.fit(torch.ones(4, 3), torch.ones(0, 4).bool(), torch.ones(0, 4)).coef.shape == (0, 3)
+
+
+def test_what_float32_leaves_over_takes_few_steps_in_float64(monkeypatch):
+    """A problem's Hessian in all dimensions is Newton's method: a few steps, where the subspace alone takes many."""
+    x, y = problem(5, 400, 250)
+    weights, strengths = torch.ones(3, 400), torch.tensor([10.0, 100.0, 1000.0])
+    monkeypatch.setattr(logistic, "STEPS", 3)
+    at_once = logistic.fit(x, y.expand(3, 400), weights, strengths)
+    monkeypatch.setattr(descent, "ROOM", 0)
+    later = logistic.fit(x, y.expand(3, 400), weights, strengths)
+    assert int(at_once.steps.max()) < int(later.steps.max()) / 2
+    for fits in (at_once, later):
+        assert float(fits.gap.max()) <= 1e-6
