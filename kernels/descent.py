@@ -20,8 +20,8 @@ from gapprobe.kernels.standardised import Standardised
 
 EARLY = 6  # steps after which the Hessian of problems of one kin is taken, where that pays
 SAVED = 40  # steps that it saves a problem, about
-# Steps after which a problem's own Hessian is taken, if it still runs: in the small subspace, later in the large one. The
-# first is its kin's. What float32 has left over has that of the large one at once, where this is all of the space.
+# Steps after which a problem's own Hessian is taken, if it still runs: in the small subspace, later in the large one.
+# The first is its kin's. What float32 has left over has that of the large one at once, where this is all of the space.
 OWN = (15, 40, 80, 140)
 OWN_LARGE = (200, 240, 290, 350, 420)
 LEFT_OVER = (0, 10, 30, 60)
