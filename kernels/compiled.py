@@ -64,14 +64,16 @@ def flat(x: Shaped[Tensor, "n d"]) -> tuple[np.ndarray, int]:
 @intrinsic
 @no_type_check
 def wide(_context, number):
-    """Return a number of `flat` as float32: uint16 is bfloat16, int16 is float16."""
+    """Return a number of `flat` as float32: uint16 is bfloat16, int16 is float16; float64 stays what it is."""
     as_float = ir.FloatType()
     make = {
         types.uint16: lambda b, x: b.bitcast(b.shl(b.zext(x, ir.IntType(32)), ir.IntType(32)(16)), as_float),
         types.int16: lambda b, x: b.fpext(b.bitcast(x, ir.HalfType()), as_float),
         types.float32: lambda _, x: x,
+        types.float64: lambda _, x: x,
     }[number]
-    return types.float32(number), lambda _, builder, __, args: make(builder, args[0])
+    kind = types.float64 if number == types.float64 else types.float32
+    return kind(number), lambda _, builder, __, args: make(builder, args[0])
 
 
 @intrinsic

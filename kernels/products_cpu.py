@@ -42,10 +42,10 @@ def dots(
     """
     (p, e), n = left.shape, len(right)
     out = left.new_zeros(p, n) if out is None else out.zero_()
-    a, (a_step, _) = _memory(left)
-    b, (b_step, _) = _memory(right)
+    a, (a_step, _) = memory(left)
+    b, (b_step, _) = memory(right)
     less = None if centre is None else centre.numpy()
-    result, (step, _) = _memory(out)
+    result, (step, _) = memory(out)
 
     def run(first: int, last: int) -> None:
         _dots(a, a_step, p, b, b_step, first, last, e, less, result, step)
@@ -70,10 +70,10 @@ def add_combined(
         centre: as `out`, taken off every row of `right`.
     """
     (p, n), d = left.shape, right.shape[1]
-    a, (a_row, a_step) = _memory(left, straight=False)
-    b, (b_step, _) = _memory(right)
+    a, (a_row, a_step) = memory(left, straight=False)
+    b, (b_step, _) = memory(right)
     less = None if centre is None else centre.numpy()
-    result, (step, _) = _memory(out)
+    result, (step, _) = memory(out)
     width = COMBINED[1] * (BYTES // out.itemsize)
 
     def run(first: int, last: int) -> None:
@@ -84,7 +84,7 @@ def add_combined(
     return out
 
 
-def _memory(x: Shaped[Tensor, "n d"], *, straight: bool = True) -> tuple[np.ndarray, tuple[int, int]]:
+def memory(x: Shaped[Tensor, "n d"], *, straight: bool = True) -> tuple[np.ndarray, tuple[int, int]]:
     """Return the memory of a matrix as one axis, 16-bit floats as in `compiled.flat`, and the strides of the matrix."""
     (n, d), (row, step) = x.shape, x.stride()
     if straight and d > 1 and step != 1:
@@ -105,6 +105,7 @@ def _dots(left, left_step, p, right, right_step, first, last, e, centre, out, ou
     for panel in range(0, p, PANEL):
         count = min(PANEL, p - panel)
         passes = (count + DOTS[0] - 1) // DOTS[0]
+        fetches = max(1, (DOTS[1] + passes - 1) // passes)
         for start in range(0, e, chunk):
             length = min(chunk, e - start)
             less = address(centre, start)
@@ -113,8 +114,8 @@ def _dots(left, left_step, p, right, right_step, first, last, e, centre, out, ou
                 across = min(DOTS[1], last - i)
                 for t in range(passes):
                     row, stop = panel + count * t // passes, panel + count * (t + 1) // passes
-                    # Every pass fetches one of the rows that come next.
-                    soon = min(i + (DOTS[1] + t % DOTS[1] if passes > 1 else 0), last - 1)
+                    # Every pass fetches some of the rows that come next; an address beyond the last one does no harm.
+                    soon = i + DOTS[1] + min(DOTS[1] * t // passes, DOTS[1] - fetches)
                     tiles.add_dots(
                         stop - row,
                         address(left, row * left_step + start),
@@ -123,6 +124,7 @@ def _dots(left, left_step, p, right, right_step, first, last, e, centre, out, ou
                         right_step,
                         across,
                         address(right, soon * right_step + start),
+                        fetches,
                         less,
                         length,
                         address(out, row * out_step + i),
@@ -135,6 +137,7 @@ def _dots(left, left_step, p, right, right_step, first, last, e, centre, out, ou
 def _add_combined(left, left_row, left_step, p, right, right_step, n, first, last, centre, out, out_step):
     lanes = BYTES // out.itemsize
     passes = (p + COMBINED[0] - 1) // COMBINED[0]
+    fetches = max(1, (COMBINED[1] + passes - 1) // passes)
     for start in range(0, n, DEPTH):
         depth = min(DEPTH, n - start)
         column = first
@@ -144,8 +147,8 @@ def _add_combined(left, left_row, left_step, p, right, right_step, n, first, las
             less = address(centre, column)
             for t in range(passes):
                 row, stop = p * t // passes, p * (t + 1) // passes
-                # Every pass fetches one of the vectors that come next.
-                soon = at + ((COMBINED[1] + t % COMBINED[1]) * lanes if whole and passes > 1 else 0)
+                # Every pass fetches some of the vectors that come next, of every row.
+                soon = at + (COMBINED[1] + min(COMBINED[1] * t // passes, COMBINED[1] - fetches)) * lanes
                 tiles.add_combined(
                     stop - row,
                     address(left, row * left_row + start * left_step),
@@ -155,6 +158,7 @@ def _add_combined(left, left_row, left_step, p, right, right_step, n, first, las
                     right_step,
                     last - column,
                     address(right, soon),
+                    fetches if whole else 1,
                     less,
                     depth,
                     address(out, row * out_step + column),

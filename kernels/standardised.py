@@ -14,7 +14,10 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from gapprobe.kernels import products
+from gapprobe.kernels.memory import fresh
 from gapprobe.kernels.moments import blocks, standard
+
+MAPPED = 16 << 20  # bytes from which on the C library may take memory anew, untouched, for every fit
 
 
 class Standardised:
@@ -25,6 +28,8 @@ class Standardised:
         centre: mean of all rows.
         spread: deviation of all rows, 1 where it is only rounding.
         shared: the float32 copy, (x - centre) / spread, with a last column of ones for the intercept.
+        across: on a CPU, the same with a feature a row: logits are then sums of rows, as gradients are, and wait
+            neither for the memory nor for the end of a sum.
         mean: of each group, less `centre`, over `spread`.
         scale: deviation of each group over `spread`; 1 where it is only rounding, so a constant feature gets no weight.
         group: of each problem.
@@ -38,10 +43,18 @@ class Standardised:
         mean, deviation = standard(x, torch.cat([rows, torch.ones_like(rows[:1])]))
         self.centre, self.spread = mean[-1], deviation[-1]
         self.mean, self.scale = (mean[:-1] - mean[-1]) / self.spread, deviation[:-1] / self.spread
-        self.shared = x.new_zeros(n, d + 16, dtype=torch.float32)[:, : d + 1]  # rows stay aligned
+        # Rows stay aligned, and apart in the cache.
+        self.shared, self.across = _copy(x, n, d + 1), None
         self.shared[:, d] = 1.0
-        for block in blocks(n, d):
-            self.shared[block, :d] = (x[block].double() - self.centre) / self.spread
+        if x.device.type == "cpu":
+            from gapprobe.kernels import standardised_cpu  # a third of a second to import
+
+            self.across = _copy(x, d + 1, n)
+            self.across[d] = 1.0
+            standardised_cpu.fill(x, self.centre, self.spread, self.shared, self.across)
+        else:
+            for block in blocks(n, d):
+                self.shared[block, :d] = (x[block].double() - self.centre) / self.spread
 
     def view(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> View:
         """Return the features as these problems see them."""
@@ -69,8 +82,10 @@ class View:
         flat = raw.flatten(0, 1)
         if flat.dtype == torch.float32 and products.on_gpu(flat):
             out = products.logits(self.of.shared[:, :-1], flat)
+        elif flat.dtype == torch.float32 and self.of.across is not None:
+            out = products.combined(flat, self.of.across)
         elif flat.dtype == torch.float32:
-            out = products.dots(flat, self.of.shared)
+            out = flat @ self.of.shared.T
         else:
             out = products.dots(flat[:, :-1] / self.of.spread, self.of.x, self.of.centre).add_(flat[:, -1:])
         return out.unflatten(0, weights.shape[:2])
@@ -106,3 +121,11 @@ class View:
         free = weights[..., -1] - (coef * self.mean).sum(-1)
         coef = coef / self.of.spread
         return coef, free - coef @ self.of.centre
+
+
+def _copy(x: Tensor, rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+    """Return room for a float32 copy of X."""
+    width = -(-columns // 16) * 16 + 16
+    if x.device.type != "cpu":
+        return x.new_empty(rows, width, dtype=torch.float32)[:, :columns]
+    return fresh((rows, width), torch.float32, least=MAPPED)[:, :columns]

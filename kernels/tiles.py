@@ -7,7 +7,7 @@ widened as it is read. Both tiles ask the memory for what comes after them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, no_type_check
 
 from llvmlite import ir
@@ -20,7 +20,7 @@ _TARGET: Any = cpu_target.target_context  # the processor that is compiled for
 BYTES = 64 if "+avx512f" in _TARGET.codegen().magic_tuple()[2] else 32  # of a vector
 # Rows of the left side in a tile, at most, and rows of the right side, or vectors of its columns: all sums, and what is
 # added to them, fit into the registers.
-DOTS = (4, 6) if BYTES == 64 else (6, 2)
+DOTS = (5, 5) if BYTES == 64 else (6, 2)
 COMBINED = (6, 4) if BYTES == 64 else (6, 2)
 
 _INDEX, _INT = ir.IntType(64), ir.IntType(32)
@@ -32,6 +32,12 @@ _KINDS: dict[Any, tuple[str, int]] = {
     types.float32: ("f32", 4),
     types.float64: ("f64", 8),
 }
+FIRST, SECOND = 3, 2  # levels of the cache, as LLVM counts them
+
+
+def shares(count: int) -> list[int]:
+    """Return how many of so many things one pass of several does, for any number of passes."""
+    return sorted({-(-count // passes) for passes in range(1, count + 1)})
 
 
 @intrinsic
@@ -50,14 +56,17 @@ def address(_context, array, _at):
 
 @intrinsic
 @no_type_check
-def add_dots(_context, rows, left, left_step, right, right_step, across, soon, centre, e, out, out_step):
-    """Add to `out` the dot products of some rows of both sides, over `e` numbers; `centre` is taken off the right."""
-    signature = types.void(rows, left, left_step, right, right_step, across, soon, centre, e, out, out_step)
+def add_dots(_context, rows, left, left_step, right, right_step, across, soon, fetches, centre, e, out, out_step):
+    """Add to `out` the dot products of some rows of both sides, over `e` numbers; `centre` is taken off the right.
+
+    The memory is asked for `fetches` rows of the right side from `soon` on, as `shares` has them.
+    """
+    signature = types.void(rows, left, left_step, right, right_step, across, soon, fetches, centre, e, out, out_step)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, left, left_step, right, right_step, across, soon, centre, e, out, out_step = args
-        tile = _Tile(builder, signature.args[9].dtype)
-        kind, wide = signature.args[3].dtype, signature.args[9].dtype
+        rows, left, left_step, right, right_step, across, soon, fetches, centre, e, out, out_step = args
+        tile = _Tile(builder, signature.args[10].dtype)
+        kind, wide = signature.args[3].dtype, signature.args[10].dtype
         rest = builder.srem(e, _INDEX(tile.lanes))
         whole = builder.sub(e, rest)
         last = builder.sub(across, _INDEX(1))
@@ -72,7 +81,7 @@ def add_dots(_context, rows, left, left_step, right, right_step, across, soon, c
 
             def add(k: Any, mask: Any = None) -> None:
                 columns = [tile.load(builder.gep(row, [k]), kind, mask) for row in rights]
-                if signature.args[7] != types.none:
+                if signature.args[8] != types.none:
                     off = tile.load(builder.gep(centre, [k]), wide, mask)
                     columns = [builder.fsub(column, off) for column in columns]
                 for row, own in zip(lefts, sums, strict=True):
@@ -80,19 +89,23 @@ def add_dots(_context, rows, left, left_step, right, right_step, across, soon, c
                     for place, column in zip(own, columns, strict=True):
                         tile.add_product(place, factor, column)
 
-            with cgutils.for_range_slice(builder, _INDEX(0), whole, _INDEX(tile.lanes), _INDEX) as (k, _):
-                tile.fetch(builder.gep(soon, [k]))
-                add(k)
+            def go(fetched: int) -> None:
+                ahead = [builder.gep(soon, [builder.mul(_INDEX(j), right_step)]) for j in range(fetched)]
+                with cgutils.for_range_slice(builder, _INDEX(0), whole, _INDEX(tile.lanes), _INDEX) as (k, _):
+                    for row in ahead:
+                        tile.fetch(builder.gep(row, [k]), SECOND)
+                    add(k)
+
+            tile.for_count(fetches, shares(DOTS[1]), go)
             with builder.if_then(builder.icmp_signed(">", rest, _INDEX(0))):
                 add(whole, tile.first(rest))
             for i, own in enumerate(sums):
                 to = builder.gep(out, [builder.mul(_INDEX(i), out_step)])
                 for j in range(0, DOTS[1], 2):
-                    tile.add_pair(
-                        tile.totals(own[j : j + 2]), builder.gep(to, [_INDEX(j)]), builder.sub(across, _INDEX(j))
-                    )
+                    pair = [own[j], own[min(j + 1, DOTS[1] - 1)]]
+                    tile.add_pair(tile.totals(*pair), builder.gep(to, [_INDEX(j)]), builder.sub(across, _INDEX(j)))
 
-        tile.for_count(rows, DOTS[0], of)
+        tile.for_count(rows, range(1, DOTS[0] + 1), of)
         return context.get_dummy_value()
 
     return signature, generate
@@ -100,37 +113,47 @@ def add_dots(_context, rows, left, left_step, right, right_step, across, soon, c
 
 @intrinsic
 @no_type_check
-def add_combined(_context, rows, left, left_row, left_step, right, right_step, columns, soon, centre, n, out, out_step):
+def add_combined(
+    _context, rows, left, left_row, left_step, right, right_step, columns, soon, fetches, centre, n, out, out_step
+):
     """Add to `out` sums over `n` rows of the right side, each times a number of the left one.
 
-    `columns` are those that are left of the row: a whole tile, or else one vector of at most so many.
+    `columns` are those that are left of the row: a whole tile, or else one vector of at most so many. The memory is
+    asked for `fetches` vectors of every row from `soon` on, as `shares` has them.
     """
-    signature = types.void(rows, left, left_row, left_step, right, right_step, columns, soon, centre, n, out, out_step)
+    signature = types.void(
+        rows, left, left_row, left_step, right, right_step, columns, soon, fetches, centre, n, out, out_step
+    )
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, left, left_row, left_step, right, right_step, columns, soon, centre, n, out, out_step = args
-        tile = _Tile(builder, signature.args[10].dtype)
-        kind, wide = signature.args[4].dtype, signature.args[10].dtype
+        rows, left, left_row, left_step, right, right_step, columns, soon, fetches, centre, n, out, out_step = args
+        tile = _Tile(builder, signature.args[11].dtype)
+        kind, wide = signature.args[4].dtype, signature.args[11].dtype
 
         def of(count: int, vectors: int, mask: Any = None) -> None:
             sums = tile.zeros(count, vectors)
             lefts = [builder.gep(left, [builder.mul(_INDEX(i), left_row)]) for i in range(count)]
             lanes = [_INDEX(j * tile.lanes) for j in range(vectors)]
             off = None
-            if signature.args[8] != types.none:
+            if signature.args[9] != types.none:
                 off = [tile.load(builder.gep(centre, [j]), wide, mask) for j in lanes]
-            with cgutils.for_range_slice(builder, _INDEX(0), n, _INDEX(1), _INDEX) as (k, _):
-                at = builder.mul(k, right_step)
-                row = builder.gep(right, [at])
-                tile.fetch(builder.gep(soon, [at]))
-                numbers = [tile.load(builder.gep(row, [j]), kind, mask) for j in lanes]
-                if off is not None:
-                    numbers = [builder.fsub(number, less) for number, less in zip(numbers, off, strict=True)]
-                for own_left, own in zip(lefts, sums, strict=True):
-                    factor = builder.load(builder.gep(own_left, [builder.mul(k, left_step)]))
-                    factor = tile.spread(factor, tile.vector)
-                    for place, number in zip(own, numbers, strict=True):
-                        tile.add_product(place, factor, number)
+
+            def go(fetched: int) -> None:
+                with cgutils.for_range_slice(builder, _INDEX(0), n, _INDEX(1), _INDEX) as (k, _):
+                    at = builder.mul(k, right_step)
+                    row, ahead = builder.gep(right, [at]), builder.gep(soon, [at])
+                    for j in lanes[:fetched]:
+                        tile.fetch(builder.gep(ahead, [j]), FIRST)
+                    numbers = [tile.load(builder.gep(row, [j]), kind, mask) for j in lanes]
+                    if off is not None:
+                        numbers = [builder.fsub(number, less) for number, less in zip(numbers, off, strict=True)]
+                    for own_left, own in zip(lefts, sums, strict=True):
+                        factor = builder.load(builder.gep(own_left, [builder.mul(k, left_step)]))
+                        factor = tile.spread(factor, tile.vector)
+                        for place, number in zip(own, numbers, strict=True):
+                            tile.add_product(place, factor, number)
+
+            tile.for_count(fetches, shares(vectors), go)
             for i, own in enumerate(sums):
                 for j, place in zip(lanes, own, strict=True):
                     to = builder.gep(out, [builder.add(builder.mul(_INDEX(i), out_step), j)])
@@ -139,9 +162,9 @@ def add_combined(_context, rows, left, left_row, left_step, right, right_step, c
         full = builder.icmp_signed(">=", columns, _INDEX(COMBINED[1] * tile.lanes))
         with builder.if_else(full) as (then, otherwise):
             with then:
-                tile.for_count(rows, COMBINED[0], lambda count: of(count, COMBINED[1]))
+                tile.for_count(rows, range(1, COMBINED[0] + 1), lambda count: of(count, COMBINED[1]))
             with otherwise:
-                tile.for_count(rows, COMBINED[0], lambda count: of(count, 1, tile.first(columns)))
+                tile.for_count(rows, range(1, COMBINED[0] + 1), lambda count: of(count, 1, tile.first(columns)))
         return context.get_dummy_value()
 
     return signature, generate
@@ -157,12 +180,12 @@ class _Tile:
         self.lanes = BYTES // self.size
         self.vector = ir.VectorType(scalar, self.lanes)
 
-    def for_count(self, count: Any, most: int, make: Callable[[int], None]) -> None:
-        """Make the code for every count of rows from 1 on, and go to that of this count."""
+    def for_count(self, count: Any, counts: Iterable[int], make: Callable[[int], None]) -> None:
+        """Make the code for each of these counts, and go to that of this count."""
         done = self.b.append_basic_block("done")
         choice = self.b.switch(count, done)
-        for i in range(1, most + 1):
-            block = self.b.append_basic_block(f"rows{i}")
+        for i in counts:
+            block = self.b.append_basic_block(f"of{i}")
             choice.add_case(_INDEX(i), block)
             self.b.position_at_end(block)
             make(i)
@@ -219,23 +242,21 @@ class _Tile:
         """Add a product to a sum: one instruction where the CPU has it."""
         self.b.store(self.b.fadd(self.b.fmul(a, b, flags=_FUSED), self.b.load(place), flags=_FUSED), place)
 
-    def fetch(self, pointer: Any) -> None:
-        """Ask the memory for what is read soon."""
+    def fetch(self, pointer: Any, level: int) -> None:
+        """Ask the memory for what is read soon, as far as this level of the cache."""
         at = self.b.bitcast(pointer, ir.IntType(8).as_pointer())
-        self._call("llvm.prefetch.p0", ir.VoidType(), [at, _INT(0), _INT(2), _INT(1)])
+        self._call("llvm.prefetch.p0", ir.VoidType(), [at, _INT(0), _INT(level), _INT(1)])
 
-    def totals(self, sums: list[Any]) -> Any:
-        """Return the sum over the lanes of every vector, as one short vector: halves of two are added at once."""
-        vectors, size = [self.b.load(place) for place in sums], self.lanes
-        while size > 1:
-            low = [g + t for g in range(0, vectors[0].type.count, size) for t in range(size // 2)]
-            if len(vectors) > 1:
-                low += [vectors[0].type.count + i for i in low]
-            high = [i + size // 2 for i in low]
-            pairs = zip(vectors[::2], vectors[1::2] or vectors, strict=True)
-            vectors = [self.b.fadd(self._picked(a, b, low), self._picked(a, b, high)) for a, b in pairs]
-            size //= 2
-        return vectors[0]
+    def totals(self, first: Any, second: Any) -> Any:
+        """Return the sums over the lanes of two vectors, as one short vector: halves of both are added at once."""
+        a, b = self.b.load(first), self.b.load(second)
+        low = [start + i for start in (0, self.lanes) for i in range(self.lanes // 2)]
+        while True:
+            both = self.b.fadd(self._picked(a, b, low), self._picked(a, b, [i + len(low) // 2 for i in low]))
+            if both.type.count == 2:
+                return both
+            a, b = both, both
+            low = [i for i in range(both.type.count) if i % (both.type.count // 2) < both.type.count // 4]
 
     def add_pair(self, totals: Any, pointer: Any, count: Any) -> None:
         """Add two numbers, or the first, or none, to what is there."""

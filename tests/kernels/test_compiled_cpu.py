@@ -22,6 +22,7 @@ from gapprobe.kernels import (
     moments,
     products_cpu,
     progress_cpu,
+    standardised_cpu,
 )
 from gapprobe.kernels.logit_lens import Unembedding
 
@@ -37,6 +38,7 @@ SWEEPS = {
     "after": history_cpu._after,
     "aim": line_cpu._aim,
     "progress": progress_cpu._look,
+    "standardised": standardised_cpu._fill,
 }
 COMPILE = """
 import pickle, sys
@@ -80,7 +82,7 @@ def test_no_sweep_gathers_what_lies_side_by_side(processor, tmp_path):
         [sys.executable, "-c", COMPILE, str(tmp_path / "asked"), str(tmp_path / "found")], env=environment, check=True
     )
     found = pickle.loads((tmp_path / "found").read_bytes())
-    assert len(found) >= 27
+    assert len(found) >= 31
     for name, signature, code in found:
         assert not re.findall(r"v\w*gather\w+", code), (name, signature)
-        assert re.findall(r"v(fmadd\w+|addps)\s.*[yz]mm", code), (name, signature)
+        assert re.findall(r"v(fmadd\w+|addps|divpd)\s.*[yz]mm", code), (name, signature)

@@ -51,8 +51,8 @@ class Need:
         layer = kept = fits = 0
         for view in views.values():
             d = view.dimensions or width
-            # As it was read, and what fits make of it: a float32 copy, and a float64 one of the rows of a problem.
-            features = (vectors or n) * (width + (2 if view.dimensions else 1) * d)
+            # As it was read, and what fits make of it: two float32 copies, and a float64 one of the rows of a problem.
+            features = (vectors or n) * (width + (3 if view.dimensions else 2) * d)
             for own in view.by_seed().values():
                 count = sum(len(split.labels) for split in own.values())
                 runs = sum(1 + len(split.cut.inner) + len(split.shuffled) for split in own.values())

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gapprobe.errors import DataError, StoreError
+from gapprobe.kernels.memory import fresh
 from gapprobe.store.format import ROLES, layer_name
 from gapprobe.store.gather import Part
-from gapprobe.store.memory import enough_memory, fresh
+from gapprobe.store.memory import enough_memory
 from gapprobe.store.reader import Store
 from gapprobe.store.shard import Shard
 

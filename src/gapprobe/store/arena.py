@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int64, Shaped, UInt8
 from torch import Tensor
 
+from gapprobe.kernels.memory import fresh
 from gapprobe.store.format import StoredRow, StoreHeader, Value
-from gapprobe.store.memory import fresh
 from gapprobe.store.moments import take
 
 # Rows without tokens take no room in a shard, but their columns do in memory.

@@ -21,9 +21,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from gapprobe.ahead import ahead
 from gapprobe.errors import StoreError
+from gapprobe.kernels.memory import fresh
 from gapprobe.store.format import layer_name, shard_name
 from gapprobe.store.gather import Job, Part, position_jobs, run_jobs, token_jobs, token_offsets
-from gapprobe.store.memory import enough_memory, fresh
+from gapprobe.store.memory import enough_memory
 from gapprobe.store.reader import Store, TokenBatch, open_store
 from gapprobe.store.shard import Shard, open_shard
 from gapprobe.store.table import ID, read_table

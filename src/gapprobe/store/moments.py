@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Float64, Int64, Shaped, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gapprobe.store.memory import fresh
+from gapprobe.kernels.memory import fresh
 
 # Fewer numbers than torch (2.13) wakes other threads for, whose waiting costs more than their work gains: the other
 # core has a disk to serve. They fit a core's cache, too.

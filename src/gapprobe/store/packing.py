@@ -19,6 +19,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from gapprobe.kernels.memory import fresh
 from gapprobe.store import disk
 from gapprobe.store.arena import Arena
 from gapprobe.store.format import (
@@ -33,7 +34,6 @@ from gapprobe.store.format import (
     layout,
     position_name,
 )
-from gapprobe.store.memory import fresh
 from gapprobe.store.moments import by_position
 from gapprobe.store.shard import BYTES, as_bytes
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gapprobe.errors import StoreError
 from gapprobe.files import told_bytes
+from gapprobe.kernels.memory import fresh
 from gapprobe.kernels.moments import alike
 from gapprobe.store.care.verify import Problem, verify_store
 from gapprobe.store.format import (
@@ -36,7 +37,7 @@ from gapprobe.store.format import (
 )
 from gapprobe.store.gather import Part, position_jobs, run_jobs, token_jobs, token_offsets
 from gapprobe.store.manifest import Manifest, read_header, read_manifest
-from gapprobe.store.memory import enough_memory, fresh
+from gapprobe.store.memory import enough_memory
 from gapprobe.store.moments import Moments, combine, moments
 from gapprobe.store.shard import TOKEN_TENSORS, Shard, open_shard
 from gapprobe.store.table import ID, join_tables, plain_rows, read_table, shard_row
