@@ -61,12 +61,12 @@ def descend(
     weights = weights.flatten(1).clone()
 
     def gradient_at(point: Point, weights: Tensor) -> Tensor:
-        gradient = view.pull(loss.turned(point.residual.clone())).neg_()
+        gradient = view.pull(loss.turned(point.residual.neg()))
         gradient[..., :-1] += weights.view(-1, c, e)[..., :-1]
         return gradient.flatten(1)
 
     def precondition(vector: Tensor) -> Tensor:
-        return preconditioner.apply(vector.view(-1, e)).view_as(vector)
+        return preconditioner.apply(vector.reshape(-1, e)).view_as(vector)
 
     gradient = gradient_at(place.point, weights)
     preconditioner = Shared.of(spaces.small.to(weights.dtype), place.curved.flatten())
@@ -113,11 +113,9 @@ def descend(
         stuck = ~(line.slope < 0)
         along = loss.turned(view.logits(direction.view(-1, c, e)))
         size, place = walk(loss, place, along, line, size)
-        walked = direction.mul_(size[:, None])
-        weights = weights + walked
+        weights = torch.addcmul(weights, direction, size[:, None])
         before, gradient = gradient, gradient_at(place.point, weights)
-        change = torch.sub(gradient, before, out=before)
-        history.add(walked, change)
+        walked, change = history.add(direction, size, before, gradient)
         if isinstance(preconditioner, Shared):  # a Hessian has the right scale
             gain = torch.linalg.vecdot(walked, change) / torch.linalg.vecdot(change, precondition(change))
             gain = gain.where((gain > 0) & gain.isfinite(), 1.0)

@@ -26,9 +26,16 @@ class History:
         self.slots = torch.arange(MEMORY, device=like.device)  # by age
         self.count = 0
 
-    def add(self, step: Float[Tensor, "p e"], change: Float[Tensor, "p e"]) -> None:
-        """Remember a pair in place of the oldest."""
+    def add(
+        self,
+        direction: Float[Tensor, "p e"],
+        size: Float[Tensor, " p"],
+        before: Float[Tensor, "p e"],
+        after: Float[Tensor, "p e"],
+    ) -> tuple[Float[Tensor, "p e"], Float[Tensor, "p e"]]:
+        """Remember a step and the change of the gradient in place of the oldest; return the pair, zero if useless."""
         slot = self._next()
+        step, change = direction * size[:, None], after - before
         length = torch.linalg.vecdot(step, change)
         # Where rounding has eaten the curvature the pair says nothing; zeros with a product of 1 leave no trace.
         useful = length > 0
@@ -38,6 +45,7 @@ class History:
         age = self.count - 1
         self.products[:, : age + 1, age] = self._by_age(_against(self.steps, change))
         self.products[:, age, age] = length.where(useful, 1.0)
+        return self.steps[:, slot], self.changes[:, slot]
 
     def before(self, gradient: Float[Tensor, "p e"]) -> tuple[Float[Tensor, "p e"], Float[Tensor, "p m"]]:
         """Return what the preconditioner is to be applied to, and the first loop's coefficients."""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gapprobe.kernels.compiled import by_rows, dot, exact, sweep
+from gapprobe.kernels.compiled import by_rows, exact, sweep
 from gapprobe.kernels.history import MEMORY, History
 
 assert MEMORY == 5  # as `_dots` and `_combined` write out
@@ -19,11 +19,19 @@ assert MEMORY == 5  # as `_dots` and `_combined` write out
 class CpuHistory(History):
     """The last pairs of every problem, in main memory."""
 
-    def add(self, step: Float[Tensor, "p e"], change: Float[Tensor, "p e"]) -> None:
-        """Remember a pair in place of the oldest."""
-        slot, e = self._next(), step.shape[1]
-        arrays = (self._flat(step), self._flat(change), e, slot, self.slots.numpy(), self.count)
-        self._by_problem(_remember, *arrays, *self._vectors(), self._flat(self.products))
+    def add(
+        self,
+        direction: Float[Tensor, "p e"],
+        size: Float[Tensor, " p"],
+        before: Float[Tensor, "p e"],
+        after: Float[Tensor, "p e"],
+    ) -> tuple[Float[Tensor, "p e"], Float[Tensor, "p e"]]:
+        """Remember a step and the change of the gradient in place of the oldest; return the pair, zero if useless."""
+        slot, e = self._next(), direction.shape[1]
+        arrays = (self._flat(direction), self._flat(size), self._flat(before), self._flat(after))
+        told = (e, slot, self.slots.numpy(), self.count, *self._vectors(), self._flat(self.products))
+        self._by_problem(_remember, *arrays, *told)
+        return self.steps[:, slot], self.changes[:, slot]
 
     def before(self, gradient: Float[Tensor, "p e"]) -> tuple[Float[Tensor, "p e"], Float[Tensor, "p m"]]:
         """Return what the preconditioner is to be applied to, and the first loop's coefficients."""
@@ -57,18 +65,19 @@ class CpuHistory(History):
 
 @sweep
 @no_type_check
-def _remember(step, change, e, slot, slots, count, steps, changes, products, first, last):
+def _remember(direction, size, before, after, e, slot, slots, count, steps, changes, products, first, last):
     age = count - 1
     for i in range(first, last):
-        mine, other = step[i * e : (i + 1) * e], change[i * e : (i + 1) * e]
+        way, old, new = direction[i * e : (i + 1) * e], before[i * e : (i + 1) * e], after[i * e : (i + 1) * e]
         at = (i * MEMORY + slot) * e
         kept, turned = steps[at : at + e], changes[at : at + e]
-        length = dot(mine, other)
+        length, t = size[i] - size[i], size[i]
+        for j in range(np.uintp(e)):
+            kept[j], turned[j] = way[j] * t, new[j] - old[j]
+            length += kept[j] * turned[j]
         # Where rounding has eaten the curvature the pair says nothing; zeros with a product of 1 leave no trace.
         useful = length > 0
-        if useful:
-            kept[:], turned[:] = mine, other
-        else:
+        if not useful:
             kept[:], turned[:] = 0, 0
         ring = _dots(steps[i * MEMORY * e : (i + 1) * MEMORY * e], turned)
         for k in range(age):

@@ -114,21 +114,14 @@ def slopes(turned, along, weight, t):
     """Return how fast the loss falls at the end of a step, and how it bends there."""
     down, bend = 0.0, 0.0
     for start in range(0, len(turned), SEGMENT):
-        mine, way, own = (
-            turned[start : start + SEGMENT],
-            along[start : start + SEGMENT],
-            weight[start : start + SEGMENT],
-        )
+        stop = start + SEGMENT
+        mine, way, own = turned[start:stop], along[start:stop], weight[start:stop]
         a, b = np.float32(0), np.float32(0)
         for j in range(len(mine)):
-            m = mine[j] + t * way[j]
-            e = exponential(larger(-abs(m), FAINTEST))
-            part = np.float32(1) / (np.float32(1) + e)
-            rest = e * part
-            positive = m > 0
-            pull = own[j] * (rest if positive else part) * way[j]
+            _, wrong, right = sides(mine[j] + t * way[j])
+            pull = own[j] * wrong * way[j]
             a += pull
-            b += pull * (part if positive else rest) * way[j]
+            b += pull * right * way[j]
         down += a
         bend += b
     return down, bend
@@ -140,24 +133,27 @@ def arrive(turned, along, weight, t, residual, share):
     """Go to the end of a step; return the loss and the sum of curvatures there."""
     value, curved = 0.0, 0.0
     for start in range(0, len(turned), SEGMENT):
-        mine, way, own = (
-            turned[start : start + SEGMENT],
-            along[start : start + SEGMENT],
-            weight[start : start + SEGMENT],
-        )
-        into, wrong = residual[start : start + SEGMENT], share[start : start + SEGMENT]
+        stop = start + SEGMENT
+        mine, way, own = turned[start:stop], along[start:stop], weight[start:stop]
+        into, all_wrong = residual[start:stop], share[start:stop]
         a, b = np.float32(0), np.float32(0)
         for j in range(len(mine)):
             m = mine[j] + t * way[j]
-            e = exponential(larger(-abs(m), FAINTEST))
-            part = np.float32(1) / (np.float32(1) + e)
-            rest = e * part
-            positive = m > 0
-            q = rest if positive else part
-            pull = own[j] * q
+            e, wrong, right = sides(m)
+            pull = own[j] * wrong
             a += own[j] * (log_of_one_and(e) + larger(-m, np.float32(0)))
-            b += pull * (part if positive else rest)
-            mine[j], into[j], wrong[j] = m, pull, q
+            b += pull * right
+            mine[j], into[j], all_wrong[j] = m, pull, wrong
         value += a
         curved += b
     return value, curved
+
+
+@sweep
+@no_type_check
+def sides(m):
+    """Return exp(-|m|) of turned logits, and the probabilities of the wrong label and of the right one."""
+    e = exponential(larger(-abs(m), FAINTEST))
+    larger_one = np.float32(1) / (np.float32(1) + e)
+    smaller_one = e * larger_one
+    return e, smaller_one if m > 0 else larger_one, larger_one if m > 0 else smaller_one

@@ -66,8 +66,8 @@ class Subspace:
         for rows, signs in zip(z.split(sums), sign.split(sums), strict=True):
             start[: len(rows)].addcmul_(rows, signs)
         basis = torch.linalg.qr(start.T)[0].T
-        basis = torch.linalg.qr(products.combined(products.dots(basis, z), z).T)[0].T
-        seen = products.dots(basis, z)
+        basis = torch.linalg.qr(products.combined(features.seen_in(basis, stride), z).T)[0].T
+        seen = features.seen_in(basis, stride)
         # In float64: of features that are constant but for rounding, float32's squares are too small for a solver.
         values, turn = torch.linalg.eigh((products.dots(seen, seen) / n).double())
         values, turn = values[-rank:].clamp(min=0.0).to(z), turn[:, -rank:].to(z)
@@ -121,7 +121,7 @@ class Spaces:
 class Shared:
     """V (h S + 1)^-1 V' + (1 - V V') / (h tail + 1), h the sum of a problem's curvatures."""
 
-    space: Subspace
+    basis: Float[Tensor, "k d"]
     inside: Float[Tensor, "q k"]
     outside: Float[Tensor, "q 1"]
     intercept: Float[Tensor, " q"]
@@ -129,26 +129,24 @@ class Shared:
     @classmethod
     def of(cls, space: Subspace, curved: Float[Tensor, " q"]) -> Shared:
         """Take the sum of each problem's curvatures (each class of a problem counts as one here)."""
+        assert space.basis is not None  # what is all of the space is for Hessians alone
         h = curved[:, None]
         outside = h * space.tail + 1.0
         inside = 1.0 / torch.minimum(h * space.values + 1.0, SPAN * outside) - 1.0 / outside
-        return cls(space, inside, outside, h[:, 0])
+        return cls(space.basis, inside, outside, h[:, 0])
 
     def apply(self, gradient: Float[Tensor, "q e"]) -> Float[Tensor, "q e"]:
         """Return the preconditioned gradient; the last entry is the intercept's."""
         out = torch.empty_like(gradient)
         torch.div(gradient[:, :-1], self.outside, out=out[:, :-1])
-        if self.space.basis is None:
-            out[:, :-1] += gradient[:, :-1] * self.inside
-        else:
-            inside = products.dots(gradient[:, :-1], self.space.basis).mul_(self.inside)
-            products.add_combined(inside, self.space.basis, out[:, :-1])
+        inside = products.dots(gradient[:, :-1], self.basis).mul_(self.inside)
+        products.add_combined(inside, self.basis, out[:, :-1])
         torch.div(gradient[:, -1], self.intercept, out=out[:, -1])
         return out
 
     def keep(self, some: Bool[Tensor, " q"]) -> Shared:
         """Return the part of some problems."""
-        return Shared(self.space, self.inside[some], self.outside[some], self.intercept[some])
+        return Shared(self.basis, self.inside[some], self.outside[some], self.intercept[some])
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class Own:
 
     Attributes:
         space: V.
-        factor: Cholesky's, of every kin.
+        factor: Cholesky's, of every kin; in float32 whatever the problems are in: it only leads the way.
         kin: of each problem.
         outside: h tail + 1.
         mean: of a problem's rows, as `View` has it.
@@ -180,7 +178,7 @@ class Own:
     ) -> Own:
         """Form each problem's Hessian in the subspace from the rows whose curvature counts, and factor it.
 
-        In float32 whatever the problems are in: it only leads the way. Problems of one kin share the mean of theirs.
+        Problems of one kin share the mean of theirs.
         """
         f, own_kin = space.seen.shape[1], torch.arange(len(curvature), device=curvature.device)
         if kin is not None:
@@ -194,7 +192,7 @@ class Own:
         outside = torch.maximum(curvature.sum(1, keepdim=True) * space.tail + 1.0, largest / SPAN)
         classes = len(curvature) // len(view.mean)
         mean, scaling = (part[:, 0].repeat_interleave(classes, 0) for part in (view.mean, view.scaling))
-        return cls(space.to(curvature.dtype), factor.to(curvature.dtype), own_kin, outside, mean, scaling)
+        return cls(space.to(curvature.dtype), factor, own_kin, outside, mean, scaling)
 
     @classmethod
     def together(cls, view: View, curvature: Float[Tensor, "p n"], kin: Int64[Tensor, " p"], saved: int) -> Own | None:
@@ -225,7 +223,7 @@ class Own:
 
     @cached_property
     def _table(self) -> tuple[Int64[Tensor, "k m"], Int64[Tensor, " q"]] | None:
-        """Return the problems of every kin, filled up with the first one, and where each stands in that table.
+        """Return the problems of every kin, filled up with problem 0, and where each stands in that table.
 
         None where every problem stands for itself.
         """
@@ -239,11 +237,12 @@ class Own:
         return table, self.kin * most + before
 
     def _solved(self, right: Float[Tensor, "q f"]) -> Float[Tensor, "q f"]:
-        columns = right[..., None] if self._table is None else right[self._table[0]].mT
+        narrow = right.to(self.factor.dtype)
+        columns = narrow[..., None] if self._table is None else narrow[self._table[0]].mT
         # Twice as fast as `cholesky_solve`, which copies the factors.
         half = torch.linalg.solve_triangular(self.factor, columns, upper=False)
         solved = torch.linalg.solve_triangular(self.factor.mT, half, upper=True).mT.flatten(0, 1)
-        return solved if self._table is None else solved[self._table[1]]
+        return (solved if self._table is None else solved[self._table[1]]).to(right)
 
     def apply(self, gradient: Float[Tensor, "q e"]) -> Float[Tensor, "q e"]:
         """Return the preconditioned gradient; the last entry is the intercept's."""

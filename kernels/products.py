@@ -6,7 +6,7 @@ residual times y f. Back: sum_i r_i (x_i, 1). X may be bfloat16, float16 or floa
 
 On CUDA and ROCm the products are Triton kernels (`products_triton`), elsewhere matrix products of torch. X, residuals
 and weights may have a first axis of layers, each with its own problems. What a fit multiplies beside them, and all of
-it on a CPU, are `dots` and `combined`.
+it on a CPU, are `dots` and `combined`, which are compiled there (`products_cpu`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from gapprobe.kernels import products
@@ -56,6 +56,12 @@ class Standardised:
             for block in blocks(n, d):
                 self.shared[block, :d] = (x[block].double() - self.centre) / self.spread
 
+    def seen_in(self, basis: Float32[Tensor, "k d"], stride: int) -> Float32[Tensor, "k m"]:
+        """Return every `stride`-th row of the shared copy along some directions."""
+        if self.across is not None and stride == 1:
+            return products.combined(basis, self.across[:-1])
+        return products.dots(basis, self.shared[::stride, :-1])
+
     def view(self, problems: Int64[Tensor, " p"], dtype: torch.dtype) -> View:
         """Return the features as these problems see them."""
         group = self.group[problems]
@@ -76,10 +82,7 @@ class View:
 
     def logits(self, weights: Float[Tensor, "p c e"]) -> Float[Tensor, "p c n"]:
         """Return z . w + b for every row; the intercept is the last weight (e = d + 1)."""
-        raw = torch.empty_like(weights)
-        torch.mul(weights[..., :-1], self.scaling, out=raw[..., :-1])
-        raw[..., -1] = weights[..., -1] - torch.linalg.vecdot(raw[..., :-1], self.mean)
-        flat = raw.flatten(0, 1)
+        flat = self._to_shared(weights).flatten(0, 1)
         if flat.dtype == torch.float32 and products.on_gpu(flat):
             out = products.logits(self.of.shared[:, :-1], flat)
         elif flat.dtype == torch.float32 and self.of.across is not None:
@@ -102,9 +105,28 @@ class View:
             products.add_combined(flat, self.of.x, out[:, :-1], self.of.centre)
             out[:, :-1] /= self.of.spread
             out[:, -1] = flat.sum(1)
-        out = out.unflatten(0, residual.shape[:2])
-        out[..., :-1].addcmul_(out[..., -1:], self.mean, value=-1).mul_(self.scaling)
+        return self._to_own(out.unflatten(0, residual.shape[:2]))
+
+    def _to_shared(self, weights: Float[Tensor, "p c e"]) -> Float[Tensor, "p c e"]:
+        """Return the weights that are to shared features what `weights` are to a problem's own."""
+        if weights.device.type == "cpu":
+            from gapprobe.kernels import standardised_cpu  # a third of a second to import
+
+            return standardised_cpu.to_shared(weights.contiguous(), self.mean, self.scaling)
+        out = torch.empty_like(weights)
+        torch.mul(weights[..., :-1], self.scaling, out=out[..., :-1])
+        out[..., -1] = weights[..., -1] - torch.linalg.vecdot(out[..., :-1], self.mean)
         return out
+
+    def _to_own(self, pulled: Float[Tensor, "p c e"]) -> Float[Tensor, "p c e"]:
+        """Make of sums over shared features those over a problem's own, in place."""
+        if pulled.device.type == "cpu":
+            from gapprobe.kernels import standardised_cpu
+
+            standardised_cpu.to_own(pulled, self.mean, self.scaling)
+        else:
+            pulled[..., :-1].addcmul_(pulled[..., -1:], self.mean, value=-1).mul_(self.scaling)
+        return pulled
 
     def dense(
         self, rows: Bool[Tensor, " n"], columns: Int64[Tensor, " k"] | slice = slice(None)

@@ -32,6 +32,11 @@ def two_loops(kept, gradient, precondition):
     return r
 
 
+def remember(history, step, change):
+    """Add a pair whose numbers come through unrounded: half of twice the step, and a change from nothing."""
+    return history.add(2 * step, step.new_full((len(step),), 0.5), torch.zeros_like(change), change)
+
+
 def moved(history, gradient, diagonal):
     passed, first = history.before(gradient)
     return history.after(passed * diagonal, first)
@@ -47,7 +52,7 @@ def test_it_is_the_recursion_of_the_books(kind, count):
     diagonal = 0.5 + torch.rand(e, generator=g, dtype=torch.float64)
     history = kind(gradient)
     for step, change in seen:
-        history.add(step, change)
+        remember(history, step, change)
     found = moved(history, gradient, diagonal)
     for i in range(p):
         kept = [(step[i], change[i]) for step, change in seen[-MEMORY:]]
@@ -62,13 +67,30 @@ def test_compiled_loops_err_no_more_than_torch(e):
     def found(kind, dtype):
         history = kind(gradient.to(dtype))
         for step, change in seen:
-            history.add(step.to(dtype), change.to(dtype))
+            remember(history, step.to(dtype), change.to(dtype))
         return moved(history, gradient.to(dtype), torch.ones(e, dtype=dtype)).double()
 
     true = found(History, torch.float64)
     ours, theirs = ((found(kind, torch.float32) - true).norm(dim=1) for kind in (CpuHistory, History))
     rounding = 2.0**-23 * true.norm(dim=1)
     assert bool((ours <= 4 * theirs + rounding).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, MEMORY, MEMORY + 2])
+def test_a_step_has_a_length_and_a_change_two_ends(kind, count):
+    p, e = 3, 40
+    g = torch.Generator().manual_seed(0)
+    history = kind(torch.empty(p, e))
+    for _ in range(count):
+        direction, before = torch.randn(2, p, e, generator=g)
+        size = 0.1 + torch.rand(p, generator=g)
+        after = before + direction * torch.rand(p, e, generator=g)
+        after[1] = before[1] - direction[1]  # no curvature
+        step, change = history.add(direction, size, before, after)
+        useful = torch.tensor([1.0, 0.0, 1.0])[:, None]
+        assert step.equal(direction * size[:, None] * useful)
+        assert change.equal((after - before) * useful)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,9 +101,9 @@ def test_a_pair_without_curvature_leaves_no_trace(kind):
     change = step * torch.rand(3, 6, generator=g)
     with_it, without = kind(step), kind(step)
     for history in (with_it, without):
-        history.add(step, change)
-    with_it.add(step, torch.stack([-change[0], torch.zeros(6), 2 * step[2]]))
-    without.add(step * 0, change * 0)
+        remember(history, step, change)
+    remember(with_it, step, torch.stack([-change[0], torch.zeros(6), 2 * step[2]]))
+    remember(without, step * 0, change * 0)
 
     def direction(history):
         passed, first = history.before(gradient)
@@ -97,11 +119,11 @@ def test_those_that_are_kept_go_on_as_before(kind):
     gradient = torch.randn(5, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     whole, part = kind(gradient), kind(gradient)
     for step, change in seen[:6]:
-        whole.add(step, change)
-        part.add(step, change)
+        remember(whole, step, change)
+        remember(part, step, change)
     part.keep(on)
-    whole.add(*seen[6])
-    part.add(*(each[on] for each in seen[6]))
+    remember(whole, *seen[6])
+    remember(part, *(each[on] for each in seen[6]))
     ones = torch.ones(9, dtype=torch.float64)
     torch.testing.assert_close(
         moved(part, gradient[on], ones), moved(whole, gradient, ones)[on], rtol=1e-12, atol=1e-12
@@ -115,7 +137,7 @@ def test_threads_do_not_show_in_any_byte(monkeypatch):
     def found():
         history = CpuHistory(gradient)
         for step, change in seen:
-            history.add(step, change)
+            remember(history, step, change)
         return moved(history, gradient, torch.ones(40))
 
     alone = found()

@@ -190,13 +190,13 @@ def search(
                 break
             size = torch.where(bad, size / 2, size)
         size = size.masked_fill(bad, 0.0)  # what is left to gain is rounding
-        walked, logits, before = size[..., None] * direction, moved(size), gradient
-        theta = theta + walked
+        logits, before = moved(size), gradient
+        theta = theta + size[..., None] * direction
         now, slopes = objective(logits, share)
         now = now + penalty(theta)
         gradient = views[0].pull(slopes[0]) + views[1].pull(slopes[1]) + weight * theta
-        change = gradient - before
-        history.add(walked.flatten(0, 1), change.flatten(0, 1))
+        seen = (part.flatten(0, 1) for part in (direction, size, before, gradient))
+        walked, change = (part.view_as(theta) for part in history.add(*seen))
         scale = torch.linalg.vecdot(walked, change) / torch.linalg.vecdot(change, change)
         gain = torch.where((scale > 0) & scale.isfinite(), scale, gain)
         since, value = torch.where(now < (1.0 - SMALLER) * value, 0, since + 1), now
