@@ -9,6 +9,8 @@ computed beside it, by however many threads: a fit's way does not depend on the 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import no_type_check
 
 import numpy as np
@@ -81,6 +83,27 @@ def add_combined(
 
     if out.numel() and n:
         by_rows(run, -(-d // width), p * n * width, WORTH_A_THREAD)
+    return out
+
+
+def add_each_dots(
+    left: Float[Tensor, "g p e"], right: Float[Tensor, "g n e"], out: Float[Tensor, "g p n"]
+) -> Float[Tensor, "g p n"]:
+    """Add left[i] @ right[i].T to out[i] for every i, and return it; all in one precision, each in one piece."""
+    return _each(_add_each_dots, left, right, out, (left.shape[1], right.shape[1], left.shape[2]))
+
+
+def add_each_combined(
+    left: Float[Tensor, "g p n"], right: Float[Tensor, "g n d"], out: Float[Tensor, "g p d"]
+) -> Float[Tensor, "g p d"]:
+    """Add left[i] @ right[i] to out[i] for every i, and return it; all in one precision, each in one piece."""
+    return _each(_add_each_combined, left, right, out, (left.shape[1], right.shape[1], right.shape[2]))
+
+
+def _each(loop: Callable[..., None], left: Tensor, right: Tensor, out: Tensor, sizes: tuple[int, int, int]) -> Tensor:
+    if out.numel() and left.numel():
+        lines = [each.view(-1).numpy() for each in (left, right, out)]
+        by_rows(lambda first, last: loop(*lines, *sizes, first, last), len(out), math.prod(sizes), WORTH_A_THREAD)
     return out
 
 
@@ -165,3 +188,17 @@ def _add_combined(left, left_row, left_step, p, right, right_step, n, first, las
                     out_step,
                 )
             column += COMBINED[1] * lanes if whole else lanes
+
+
+@exact
+@no_type_check
+def _add_each_dots(left, right, out, p, n, e, first, last):
+    for i in range(first, last):
+        _dots(left[i * p * e :], e, p, right[i * n * e :], e, 0, n, e, None, out[i * p * n :], n)
+
+
+@exact
+@no_type_check
+def _add_each_combined(left, right, out, p, n, d, first, last):
+    for i in range(first, last):
+        _add_combined(left[i * p * n :], n, 1, p, right[i * n * d :], d, n, 0, d, None, out[i * p * d :], d)

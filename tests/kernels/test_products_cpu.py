@@ -17,6 +17,7 @@ RIGHT = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PAIRS = [(left, right) for left in LEFT for right in RIGHT if right.itemsize <= left.itemsize]
 SIZES = st.tuples(st.integers(0, 15), st.integers(0, 150), st.integers(0, 150))
 # Longer than a chunk, deeper than a block, more rows than a panel; and such as fill the last of each.
+EACH = [(3, 5, 7, 9), (2, 260, 184, 64), (1, 1, 1, 1), (0, 3, 4, 5), (2, 0, 3, 4), (2, 3, 4, 0)]
 LARGE = [(3, 7, 2500), (2, 200, 65), (101, 9, 40), (6, 64, 1024), (48, 128, 64), (1, 65, 1537), (7, 129, 129)]
 
 
@@ -95,6 +96,22 @@ def test_a_row_does_not_hang_on_its_company_nor_on_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert products.dots(w, x).equal(forth)
     assert products.combined(r, x).equal(back)
+
+
+@pytest.mark.parametrize("dtype", LEFT)
+@pytest.mark.parametrize("sizes", EACH)
+def test_products_of_several_pairs_are_each_pairs_own(dtype, sizes, monkeypatch):
+    g, p, n, d = sizes
+    draw = torch.Generator().manual_seed(0)
+    w, r, x = (torch.randn(g, *shape, generator=draw, dtype=dtype) for shape in ((p, d), (p, n), (n, d)))
+    monkeypatch.setattr(products_cpu, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    forth = products_cpu.add_each_dots(w, x, w.new_ones(g, p, n))
+    back = products_cpu.add_each_combined(r, x, w.new_ones(g, p, d))
+    for i in range(g):
+        assert forth[i].equal(1 + products.dots(w[i], x[i])) or d == 0
+        assert back[i].equal(products.add_combined(r[i], x[i], w.new_ones(p, d)))
+    assert d or forth.eq(1).all()
 
 
 def test_what_is_no_number_is_passed_on():

@@ -126,7 +126,9 @@ class Wrapped(nn.Module):
         hooked,
     ],
 )
-def test_layers_side_by_side_are_the_module(make):
+@pytest.mark.parametrize("few", [1, 1000])  # features that are summed one by one from here on
+def test_layers_side_by_side_are_the_module(make, few, monkeypatch):
+    monkeypatch.setattr(modules, "FEW", few)
     x, y, weights, _ = drawn()
     y, weights, strengths = y[[0, 1, 1]], weights[[0, 0, 1]], torch.tensor([0.1, 1.0, 10.0]).double()
     scores = [
