@@ -108,28 +108,28 @@ class Matmul(Contestant):
     peer = False
 
     def __init__(self, sweep: Sweep, certified: Sequence[LogisticFits]) -> None:
-        """Make operands of the widest product of each layer; narrower ones take a part of them."""
+        """Make operands of the widest product of each layer, narrower ones take a part of them, and X both ways."""
         super().__init__(sweep, certified)
         draw = torch.Generator().manual_seed(0)
-        self._operands: list[tuple[list[int], Tensor, Tensor]] = []
+        self._operands: list[tuple[list[int], Tensor, Tensor, Tensor]] = []
         for layer, fits in zip(sweep.layers, certified, strict=True):
             (n, d), p = layer.x.shape, len(fits.steps)
             operands = torch.randn(p, d, generator=draw), torch.randn(p, n, generator=draw)
-            self._operands.append((widths(fits), *operands))
+            self._operands.append((widths(fits), *operands, layer.x.T.contiguous()))
 
     def fit(self, folds: Sequence[int]) -> float:
         """Multiply."""
         assert len(folds) == FOLDS
         last = 0.0
-        for layer, (steps, left, right) in zip(self.sweep.layers, self._operands, strict=True):
+        for layer, (steps, left, right, across) in zip(self.sweep.layers, self._operands, strict=True):
             for width in steps:
-                logits, gradient = self.products(left[:width], right[:width], layer.x)
+                logits, gradient = self.products(left[:width], right[:width], layer.x, across)
                 last = float(logits[0, 0] + gradient[0, 0])
         return last
 
-    def products(self, left: Tensor, right: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return left @ x.T and right @ x."""
-        return products.dots(left, x), products.combined(right, x)
+    def products(self, left: Tensor, right: Tensor, x: Tensor, across: Tensor) -> tuple[Tensor, Tensor]:
+        """Return left @ x.T and right @ x; `across` is x.T."""
+        return products.combined(left, across), products.combined(right, x)
 
     def solutions(self, fitted: float) -> list[Solution]:
         """Return nothing."""
@@ -144,8 +144,9 @@ class TorchMatmul(Matmul):
     label = "the same products by torch"
     peer = False
 
-    def products(self, left: Tensor, right: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def products(self, left: Tensor, right: Tensor, x: Tensor, across: Tensor) -> tuple[Tensor, Tensor]:
         """Return left @ x.T and right @ x."""
+        del across
         logits, gradient = left.new_empty(len(left), len(x)), left.new_zeros(len(left), x.shape[1])
         for start in range(0, len(x), _ROWS):
             some = slice(start, start + _ROWS)
