@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gapprobe import stats
+from gapprobe.probes import controls
 from gapprobe.probes.controls import question_scores, shuffled_targets
 from gapprobe.probes.splits import joint_folds, nested_folds
 from tests.probes.planted import planted
@@ -52,6 +53,28 @@ def test_a_rows_own_label_never_reaches_its_score():
     after = question_scores(rows.relation, rows.entity, rows.targets["target"] ^ fold, cut)
     np.testing.assert_array_equal(before[fold], after[fold])
     assert (before[~fold] != after[~fold]).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_questions_that_succeed_equally_often_tie(seed):
+    """Relations come in pairs of the same labels: their scores are equal at the optimum, image by image."""
+    rng = np.random.default_rng(seed)
+    pair, twin, image = (axis.ravel() for axis in np.indices((6, 2, 60)))
+    target = (rng.random((6, 60)) < rng.uniform(0.2, 0.8, (6, 1)))[pair, image]
+    cut = nested_folds(image, target, folds=4, seed=0, name="image")
+    relation, entity = np.array([f"{a}, {b}" for a, b in zip(pair, twin, strict=True)]), image % 5
+    scores = question_scores(relation, entity, target, cut).reshape(6, 2, 60)
+    np.testing.assert_array_equal(scores[:, 0], scores[:, 1])
+    assert len(np.unique(scores)) >= 60
+
+
+def test_what_float64_cannot_reach_is_fitted_as_far_as_a_probe(monkeypatch):
+    rows, _ = planted(3, question=1.0, entities=5, relations=4, images=5)
+    cut = nested_folds(rows.image, rows.targets["target"], folds=5, seed=0, name="image")
+    told = (rows.relation, rows.entity, rows.targets["target"], cut)
+    further = question_scores(*told)
+    monkeypatch.setattr(controls, "EXACT", 1e-40)
+    np.testing.assert_allclose(question_scores(*told), further, atol=1e-3)
 
 
 def test_shuffled_labels_keep_their_folds_counts():

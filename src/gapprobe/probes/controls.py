@@ -15,6 +15,8 @@ from gapprobe.kernels.moments import blocks
 from gapprobe.probes.splits import NestedFolds
 
 PSEUDO_ROWS = 2.0  # rows of the overall success rate that every smoothed rate starts from
+EXACT = 1e-12  # gap of the fits that see questions alone
+ONE = 1e-5  # log-odds nearer to each other than this are one at the optimum: a hundred times what such fits differ by
 
 
 def shuffled_targets(
@@ -73,6 +75,9 @@ def question_scores(
     both together. A held-out row's rates come from the training rows; a training row's rates come from the training
     rows of the other inner folds. So rates mean the same on both sides: they always come from rows that the split
     keeps apart (other images, other entities, other questions), and never from the row's own label.
+
+    Different questions are few, and some succeed equally often: their scores are equal at the optimum, and must not be
+    put in an order by what a fit has left to gain. So fits go further than a probe's, and neighbours become one.
     """
     codes = [np.unique(labels.astype(str), return_inverse=True)[1] for labels in (relation, entity)]
     codes.append(np.unique(codes[0] * (int(codes[1].max()) + 1) + codes[1], return_inverse=True)[1])
@@ -86,9 +91,21 @@ def question_scores(
             rates[rows] = _rates(codes, target, sources)[rows]
         x = torch.from_numpy(np.concatenate([one_hot, rates], axis=1))
         y, mask = torch.from_numpy(target)[None], torch.from_numpy(training)[None]
-        fits = logistic.fit(x, y, logistic.balanced(y, mask), c)
-        scores[held_out] = fits.logits(x)[0].numpy()[held_out]
+        try:
+            fits = logistic.fit(x, y, logistic.balanced(y, mask), c, tolerance=EXACT)
+        except logistic.NotConvergedError:  # float64 does not reach as far: scores that are one may differ then
+            fits = logistic.fit(x, y, logistic.balanced(y, mask), c)
+        scores[held_out] = _tied(fits.logits(x)[0].numpy()[held_out])
     return scores
+
+
+def _tied(scores: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
+    """Give scores that are neighbours, within `ONE`, the lowest one's value."""
+    order = np.argsort(scores)
+    first = np.diff(scores[order], prepend=-np.inf) > ONE
+    out = np.empty_like(scores)
+    out[order] = scores[order][first][np.cumsum(first) - 1]
+    return out
 
 
 def _rates(
