@@ -26,6 +26,8 @@ def test_a_problem_has_arrived_where_little_is_left(kind, dtype, classes):
     value = 0.1 + torch.rand(40, generator=g, dtype=torch.float64)
     curved = torch.rand(40, classes, generator=g, dtype=torch.float64)
     curved[3] = 0.0
+    curved[20:] *= 1e6  # then an intercept's own curvature leaves nothing to gain, but it moves the gradient
+    gradient[20:, :, :-1] *= 1e-3
     found = kind(weights.to(dtype)).arrived(
         weights.to(dtype), gradient.to(dtype), place(value.to(dtype), curved.to(dtype)), 1e-5
     )
@@ -54,6 +56,17 @@ def test_a_problem_that_comes_no_nearer_is_given_up(kind, dtype):
         done.append(progress.arrived(weights, gradient, place(value, curved), 0.0).tolist())
     assert done.index([True, False, False]) == PATIENCE[dtype] + 1
     assert done[PATIENCE[dtype]] == [False, False, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_comes_back_to_where_it_was_is_no_nearer(kind):
+    weights, curved = torch.ones(1, 1, 5), torch.ones(1, 1)
+    progress, patience = kind(weights), PATIENCE[torch.float32]
+    for step in range(patience + 2):
+        # Loss and gradient go up and down, never below where they were at first.
+        up = 1.0 + step % 2
+        done = progress.arrived(weights, up * torch.ones(1, 1, 5), place(torch.tensor([10.0 * up]), curved), 0.0)
+        assert bool(done) == (step > patience)
 
 
 @pytest.mark.parametrize("kind", KINDS)
