@@ -140,6 +140,8 @@ def check(x: Tensor, y: Tensor, weights: Tensor, c: Float64[Tensor, " p"]) -> No
         raise ValueError(f"c must be above 0, got {float(c.min())}")
     if y.shape != weights.shape or y.shape[1] != x.shape[0]:
         raise ValueError(f"labels {tuple(y.shape)} and weights {tuple(weights.shape)} must be [p, {x.shape[0]}]")
+    if not x.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} has no features")
     # The extremes of what holds NaN are NaN: ten times as fast as looking at each number.
     if x.numel() and not bool(torch.stack(torch.aminmax(x)).isfinite().all()):
         raise ValueError(f"row {int(torch.nonzero(~torch.isfinite(x))[0, 0])} of x holds NaN or infinity")

@@ -444,6 +444,7 @@ def test_narrow_features_are_taken_as_they_are(dtype):
         (lambda x, y, w: (x, y, w, 0.0), "c must be above 0"),
         (lambda x, y, w: (x, y, -w, 1.0), "not negative"),
         (lambda x, y, w: (x[:9], y, w, 1.0), r"must be \[p, 9\]"),
+        (lambda x, y, w: (x[:, :0], y, w, 1.0), r"x \(10, 0\) has no features"),
     ],
 )
 def test_bad_input_is_refused_by_name(spoil, message):
