@@ -48,17 +48,24 @@ def flat(x: Shaped[Tensor, "n d"]) -> tuple[np.ndarray, int]:
 
     16-bit floats become integers, which tell `wide` which they are; what is neither 16 bits nor float32 is narrowed.
     """
-    n, d = x.shape
-    x = x.detach()
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         x = x.float()
-    if d > 1 and x.stride(1) != 1:
-        x = x.contiguous()
-    step = x.stride(0) if n > 1 else d
-    # One axis of memory: of a matrix with steps the compiler would not know that a row's numbers are neighbours.
-    line = x.as_strided(((n - 1) * step + d if n and d else 0,), (1,))
+    line, (step, _) = memory(x)
+    return line, step
+
+
+def memory(x: Shaped[Tensor, "n d"], *, straight: bool = True) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the memory of a matrix as one axis, 16-bit floats as in `flat`, and the steps of its rows and columns.
+
+    One axis: of a matrix with steps the compiler would not know that a row's numbers are neighbours. They are made so
+    where they are not, unless `straight` is False.
+    """
+    (n, d), (row, step) = x.shape, x.stride()
+    if straight and d > 1 and step != 1:
+        x, row, step = x.contiguous(), d, 1
+    line = x.detach().as_strided((1 + (n - 1) * row + (d - 1) * step if n and d else 0,), (1,))
     integers = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-    return (line.view(integers[x.dtype]) if x.dtype in integers else line).numpy(), step
+    return (line.view(integers[x.dtype]) if x.dtype in integers else line).numpy(), (row, step)
 
 
 @intrinsic

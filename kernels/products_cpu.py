@@ -13,13 +13,11 @@ import math
 from collections.abc import Callable
 from typing import no_type_check
 
-import numpy as np
-import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from gapprobe.kernels import tiles
-from gapprobe.kernels.compiled import by_rows, exact
+from gapprobe.kernels.compiled import by_rows, exact, memory
 from gapprobe.kernels.tiles import BYTES, COMBINED, DOTS, address
 
 CHUNK = 4096  # bytes of a row that are multiplied at once, about: the right side's rows stay in the first cache
@@ -105,16 +103,6 @@ def _each(loop: Callable[..., None], left: Tensor, right: Tensor, out: Tensor, s
         lines = [each.view(-1).numpy() for each in (left, right, out)]
         by_rows(lambda first, last: loop(*lines, *sizes, first, last), len(out), math.prod(sizes), WORTH_A_THREAD)
     return out
-
-
-def memory(x: Shaped[Tensor, "n d"], *, straight: bool = True) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the memory of a matrix as one axis, 16-bit floats as in `compiled.flat`, and the strides of the matrix."""
-    (n, d), (row, step) = x.shape, x.stride()
-    if straight and d > 1 and step != 1:
-        x, row, step = x.contiguous(), d, 1
-    line = x.detach().as_strided((1 + (n - 1) * row + (d - 1) * step if n and d else 0,), (1,))
-    integers = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-    return (line.view(integers[x.dtype]) if x.dtype in integers else line).numpy(), (row, step)
 
 
 @exact

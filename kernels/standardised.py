@@ -88,7 +88,7 @@ class View:
         elif flat.dtype == torch.float32 and self.of.across is not None:
             out = products.combined(flat, self.of.across)
         elif flat.dtype == torch.float32:
-            out = flat @ self.of.shared.T
+            out = products.dots(flat, self.of.shared)
         else:
             out = products.dots(flat[:, :-1] / self.of.spread, self.of.x, self.of.centre).add_(flat[:, -1:])
         return out.unflatten(0, weights.shape[:2])

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-from gapprobe.kernels.compiled import by_rows, exact, sweep, wide
-from gapprobe.kernels.products_cpu import memory
+from gapprobe.kernels.compiled import by_rows, exact, memory, sweep, wide
 
 SIDE = 64  # rows and features that are turned at once: they stay in the first cache
 

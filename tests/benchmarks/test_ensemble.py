@@ -52,6 +52,10 @@ def test_work_that_is_not_the_same_is_refused():
     other = (torch.arange(20) == 3)[:, None]
     with pytest.raises(WrongResult, match="log-odds of member 3 are"):
         compared(work, ours + 0.5 * other, theirs, twins)
+    # It is the loop's member that has drifted: ours is where float64 says.
+    assert compared(work, ours, theirs + 0.5 * other, twins).startswith("log-odds of 20 members")
+    with pytest.raises(WrongResult, match="log-odds of member 3 are"):
+        compared(work, ours + 0.5 * other, theirs - 0.5 * other, twins)
     with pytest.raises(WrongResult, match="of half 1.0e-03"):
         compared(work, ours * 1.001, theirs, twins)
     with pytest.raises(WrongResult, match="log-odds of member 3 in float64 are"):

@@ -68,6 +68,16 @@ def test_questions_that_succeed_equally_often_tie(seed):
     assert len(np.unique(scores)) >= 1000
 
 
+def test_scores_that_lie_close_to_each_other_in_thousands_do_not_become_one():
+    scores = np.random.default_rng(0).permutation(np.linspace(0, 1, 300_001))
+    tied = controls._tied(scores)
+    assert (scores - tied >= 0).all()
+    assert (scores - tied).max() <= controls.ONE * (1 + 1e-9)
+    assert len(np.unique(tied)) == pytest.approx(1 / controls.ONE, rel=0.3)
+    assert (np.diff(tied[np.argsort(scores)]) >= 0).all()
+    assert controls._tied(np.array([2.0])).tolist() == [2.0]
+
+
 def test_what_float64_cannot_reach_is_fitted_as_far_as_a_probe(monkeypatch):
     rows, _ = planted(3, question=1.0, entities=5, relations=4, images=5)
     cut = nested_folds(rows.image, rows.targets["target"], folds=5, seed=0, name="image")

@@ -100,12 +100,14 @@ def question_scores(
 
 
 def _tied(scores: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-    """Give scores that are neighbours, within `ONE`, the lowest one's value."""
-    order = np.argsort(scores)
-    first = np.diff(scores[order], prepend=-np.inf) > ONE
-    out = np.empty_like(scores)
-    out[order] = scores[order][first][np.cumsum(first) - 1]
-    return out
+    """Give scores the lowest one's value of those within `ONE` below them; no score moves further than that."""
+    values, which = np.unique(scores, return_inverse=True)
+    first = 0
+    while first < len(values):
+        end = int(np.searchsorted(values, values[first] + ONE, side="right"))
+        values[first:end] = values[first]
+        first = end
+    return values[which]
 
 
 def _rates(
