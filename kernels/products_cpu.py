@@ -48,7 +48,7 @@ def dots(
     result, (step, _) = memory(out)
 
     def run(first: int, last: int) -> None:
-        _dots(a, a_step, p, b, b_step, first, last, e, less, result, step)
+        loop_dots(a, a_step, p, b, b_step, first, last, e, less, result, step)
 
     if out.numel() and e:
         by_rows(run, n, p * e, WORTH_A_THREAD)
@@ -77,7 +77,7 @@ def add_combined(
     width = COMBINED[1] * (BYTES // out.itemsize)
 
     def run(first: int, last: int) -> None:
-        _add_combined(a, a_row, a_step, p, b, b_step, n, first * width, min(d, last * width), less, result, step)
+        loop_combined(a, a_row, a_step, p, b, b_step, n, first * width, min(d, last * width), less, result, step)
 
     if out.numel() and n:
         by_rows(run, -(-d // width), p * n * width, WORTH_A_THREAD)
@@ -107,7 +107,8 @@ def _each(loop: Callable[..., None], left: Tensor, right: Tensor, out: Tensor, s
 
 @exact
 @no_type_check
-def _dots(left, left_step, p, right, right_step, first, last, e, centre, out, out_step):
+def loop_dots(left, left_step, p, right, right_step, first, last, e, centre, out, out_step):
+    """Add as `dots` does, with rows `first` to `last` of the right side; all in one line of memory each."""
     # Chunks are whole vectors and about as long as each other: a last one of an intercept alone would cost a sweep.
     lanes = BYTES // out.itemsize
     most = CHUNK // out.itemsize
@@ -145,7 +146,8 @@ def _dots(left, left_step, p, right, right_step, first, last, e, centre, out, ou
 
 @exact
 @no_type_check
-def _add_combined(left, left_row, left_step, p, right, right_step, n, first, last, centre, out, out_step):
+def loop_combined(left, left_row, left_step, p, right, right_step, n, first, last, centre, out, out_step):
+    """Add as `add_combined` does, to columns `first` to `last`; all in one line of memory each."""
     lanes = BYTES // out.itemsize
     passes = (p + COMBINED[0] - 1) // COMBINED[0]
     fetches = max(1, (COMBINED[1] + passes - 1) // passes)
@@ -182,11 +184,11 @@ def _add_combined(left, left_row, left_step, p, right, right_step, n, first, las
 @no_type_check
 def _add_each_dots(left, right, out, p, n, e, first, last):
     for i in range(first, last):
-        _dots(left[i * p * e :], e, p, right[i * n * e :], e, 0, n, e, None, out[i * p * n :], n)
+        loop_dots(left[i * p * e :], e, p, right[i * n * e :], e, 0, n, e, None, out[i * p * n :], n)
 
 
 @exact
 @no_type_check
 def _add_each_combined(left, right, out, p, n, d, first, last):
     for i in range(first, last):
-        _add_combined(left[i * p * n :], n, 1, p, right[i * n * d :], d, n, 0, d, None, out[i * p * d :], d)
+        loop_combined(left[i * p * n :], n, 1, p, right[i * n * d :], d, n, 0, d, None, out[i * p * d :], d)

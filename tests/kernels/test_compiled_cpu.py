@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from gapprobe.kernels import (
     columns_cpu,
@@ -20,24 +21,27 @@ from gapprobe.kernels import (
     logistic,
     logit_lens,
     moments,
+    perceptron_cpu,
     products_cpu,
     progress_cpu,
     standardised_cpu,
 )
 from gapprobe.kernels.logit_lens import Unembedding
+from gapprobe.probes.modules import ModuleProbe
 
 SWEEPS = {
     "cosine": cosine_cpu.sums,
     "columns": columns_cpu.sums,
     "lens": lens_cpu.look,
-    "dots": products_cpu._dots,
-    "combined": products_cpu._add_combined,
+    "dots": products_cpu.loop_dots,
+    "combined": products_cpu.loop_combined,
     "line": line_cpu.walk,
     "remember": history_cpu._remember,
     "before": history_cpu._before,
     "after": history_cpu._after,
     "aim": line_cpu._aim,
     "progress": progress_cpu._look,
+    "perceptron": perceptron_cpu._run,
     "fill": standardised_cpu._fill,
     "to_shared": standardised_cpu._to_shared,
     "to_own": standardised_cpu._to_own,
@@ -70,6 +74,11 @@ def asked_for():
     logit_lens.read(torch.randn(2, 4, 40), end, torch.zeros(4, 1, dtype=torch.int64), top_k=3)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         logistic.fit(torch.randn(60, 40).to(dtype), torch.arange(60)[None] % 2 == 0, torch.ones(1, 60))
+    for dtype in (torch.float32, torch.float64):
+        module = ModuleProbe(lambda d: nn.Sequential(nn.Linear(d, 1), nn.Flatten(0)), "line", dtype=dtype, steps=1)
+        module.fit(
+            torch.randn(60, 40), torch.arange(60)[None] % 2 == 0, torch.ones(1, 60).double(), torch.ones(1).double(), 0
+        )
     return {name: list(sweep.signatures) for name, sweep in SWEEPS.items()}
 
 
@@ -84,7 +93,7 @@ def test_no_sweep_gathers_what_lies_side_by_side(processor, tmp_path):
         [sys.executable, "-c", COMPILE, str(tmp_path / "asked"), str(tmp_path / "found")], env=environment, check=True
     )
     found = pickle.loads((tmp_path / "found").read_bytes())
-    assert len(found) >= 35
+    assert len(found) >= 37
     for name, signature, code in found:
         assert not re.findall(r"v\w*gather\w+", code), (name, signature)
         assert re.findall(r"v(fn?madd\w+|addps|divpd)\s.*[yz]mm", code), (name, signature)

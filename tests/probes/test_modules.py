@@ -8,7 +8,7 @@ from torch import nn
 
 from gapprobe.errors import ConfigError
 from gapprobe.kernels import logistic
-from gapprobe.probes import modules
+from gapprobe.probes import ensembles, modules, training
 from gapprobe.probes.modules import from_module
 from tests.probes.problems import drawn
 
@@ -120,6 +120,7 @@ class Wrapped(nn.Module):
         lambda d: nn.Sequential(nn.Linear(d, 8, bias=False), nn.GELU(), nn.Linear(8, 1, bias=False), nn.Flatten(0)),
         lambda d: nn.Sequential(nn.Linear(d, 8), nn.ELU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 1), nn.Flatten(0)),
         lambda d: nn.Sequential(nn.ELU(inplace=True), nn.Linear(d, 1), nn.Flatten(0)),
+        lambda d: nn.Sequential(nn.Linear(d, 8), nn.ReLU(), nn.Linear(8, 1), nn.ReLU(), nn.Flatten(0)),
         lambda d: nn.Sequential(nn.Linear(d, 8), nn.LayerNorm(8), nn.Linear(8, 1), nn.Flatten(0)),
         lambda d: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(d, 1)), nn.Flatten(0)),
         tied,
@@ -128,7 +129,7 @@ class Wrapped(nn.Module):
 )
 @pytest.mark.parametrize("few", [1, 1000])  # features that are summed one by one from here on
 def test_layers_side_by_side_are_the_module(make, few, monkeypatch):
-    monkeypatch.setattr(modules, "FEW", few)
+    monkeypatch.setattr(ensembles, "FEW", few)
     x, y, weights, _ = drawn()
     y, weights, strengths = y[[0, 1, 1]], weights[[0, 0, 1]], torch.tensor([0.1, 1.0, 10.0]).double()
     scores = [
@@ -136,6 +137,38 @@ def test_layers_side_by_side_are_the_module(make, few, monkeypatch):
         for made in (make, lambda d: Wrapped(make(d)))
     ]
     torch.testing.assert_close(*scores, **SAME)
+
+
+PERCEPTRONS = [
+    plain,
+    lambda d: nn.Sequential(nn.Linear(d, 1, bias=False), nn.Flatten(0)),
+    lambda d: nn.Sequential(
+        *(nn.Linear(d, 8), nn.ReLU(inplace=True), nn.Linear(8, 6, bias=False), nn.Identity(), nn.Linear(6, 5)),
+        *(nn.ReLU(), nn.Linear(5, 1), nn.Flatten(0)),
+    ),
+]
+
+
+@pytest.mark.parametrize("make", PERCEPTRONS)
+@pytest.mark.parametrize("room", [0, modules.ROOM])  # to standardise all rows beforehand
+def test_perceptrons_are_trained_by_a_way_of_their_own_to_the_same_end(make, room, monkeypatch):
+    monkeypatch.setattr(modules, "ROOM", room)
+    assert training._shape(make(5), dict(make(5).named_parameters())) is not None
+    x, y, weights, _ = drawn(2, n=150)
+    y, weights, strengths = y[[0, 1, 1, 2]], weights[[0, 0, 1, 0]], torch.tensor([0.1, 1.0, 10.0, 30.0]).double()
+    scores = [
+        exactly(made, steps=80, lr=0.02, batch=40, held_out=0.3, patience=2).fit(x, y, weights, strengths, 0).scores(x)
+        for made in (make, lambda d: Wrapped(make(d)))
+    ]
+    torch.testing.assert_close(*scores, **SAME)
+
+
+@pytest.mark.parametrize("make", [plain, lambda d: Wrapped(plain(d))])
+def test_members_that_blow_up_keep_what_they_had_before(make):
+    """At such a rate the loss is no number any more: what was best until then is returned."""
+    x, y, weights, strengths = drawn()
+    scores = from_module(make, name="m", steps=60, lr=1e15).fit(x, y, weights, strengths, 0).scores(x)
+    assert bool(scores.isfinite().all())
 
 
 def test_problems_are_cut_into_parts_that_there_is_room_for():

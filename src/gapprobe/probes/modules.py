@@ -3,23 +3,19 @@
 They are not certified: how near a fit comes to its optimum is the training's own affair.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
 from gapprobe.errors import ConfigError
 from gapprobe.kernels.moments import standard
 from gapprobe.probes.base import ROOM, check_problems, chunks
-
-FEW = 128  # features below which sums over them are too short to be taken one by one
-SPARSE = 0.8  # members that have stopped are let go once so few are left: a copy costs as much as a step
-ELEMENTWISE = (nn.Identity, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from gapprobe.probes.ensembles import side_by_side
+from gapprobe.probes.training import Purpose, Seen, trainer
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,9 @@ class ModuleFits:
     def scores(self, x: Float[Tensor, "n d"]) -> Float64[Tensor, "p n"]:
         """Return the members' outputs."""
         out = self.mean.new_empty(len(self.mean), len(x), dtype=torch.float64)
-        run = _ensemble(self.module, self.parameters, self.buffers)
+        run = side_by_side(self.module, self.parameters, self.buffers)
         group = torch.unique(torch.cat([self.mean, self.scale], dim=1), dim=0, return_inverse=True)[1]
-        rows = max(1, min(len(x), 1 << 12))
+        rows = max(1, min(len(x), 1 << 9))
         for members in _rectangles(group, rows * x.shape[1]):
             own, first = {key: value[members] for key, value in self.parameters.items()}, members[:, 0]
             for start in range(0, len(x), rows):
@@ -125,7 +121,8 @@ class ModuleProbe:
         found = {key: value.new_empty(len(y), *value.shape) for key, value in start.items()}
         for members in _rectangles(group, 6 * size + 3 * min(self.batch, len(x)) * x.shape[1]):
             own = group[members[:, 0]]
-            seen = _Seen(x, rows[own], mean[own], scale[own])
+            beforehand = members.shape[0] * x.numel() <= ROOM or self.batch >= len(x)
+            seen = Seen(x, rows[own], mean[own], scale[own], beforehand)
             part = self._train(module, start, seen, y[members], weights[members], strengths[members], seed, draws)
             for key, value in part.items():
                 found[key][members.flatten()] = value
@@ -147,7 +144,7 @@ class ModuleProbe:
         self,
         module: nn.Module,
         start: Mapping[str, Tensor],
-        seen: "_Seen",
+        seen: Seen,
         y: Bool[Tensor, "g s n"],
         weights: Float64[Tensor, "g s n"],
         strengths: Float64[Tensor, "g s"],
@@ -160,91 +157,42 @@ class ModuleProbe:
         held = held_out_rows(y.flatten(0, 1), weights.flatten(0, 1) > 0, self.held_out, draw).view_as(y)
         taught = weights.where(~held, 0.0)
         total = taught.sum(2, keepdim=True)
-        decay = (1 / (strengths * total[..., 0])).to(self.dtype).flatten()
+        decay = (1 / (strengths * total[..., 0])).to(self.dtype)
         judged = weights.where(held, 0.0)
         judged = judged / judged.sum(2, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        # Shares of rows, negative for negatives.
-        sign = 2.0 * y.double() - 1.0
-        teaching, judging = ((sign * part).to(self.dtype).flatten(0, 1) for part in (taught / total, judged))
-        # Rows that no member of a group counts are left out of its products, unless dropout would then draw something
-        # else for a row where neighbours have more rows.
-        taught_by, judged_by = taught.any(1) | draws, judged.any(1)
-        run = _ensemble(module, start, dict(module.named_buffers()))
-
-        on = torch.arange(g * s).view(g, s)  # members still trained: the others have stopped
-
-        def batch(
-            rows: Int64[Tensor, " b"], share: Float[Tensor, "p n"], counts: Bool[Tensor, "g n"]
-        ) -> tuple[Float[Tensor, "h c d"], Float[Tensor, "h r c"]]:
-            """Return those of some rows that count for a group, standardised, and their shares for its members."""
-            groups = on[:, 0] // s
-            own = counts[groups[:, None], rows]
-            index = rows[own.argsort(dim=1, descending=True, stable=True)[:, : max(1, int(own.sum(1).max()))]]
-            return seen(groups, index), share[on[..., None], index[:, None]]
-
-        parameters = {key: value.repeat(g, s, *[1] * value.ndim).requires_grad_() for key, value in start.items()}
-        best = {key: value.detach().flatten(0, 1).clone() for key, value in parameters.items()}
+        # Shares of rows, negative for negatives; those of a batch stand for all.
+        sign, size = 2.0 * y.double() - 1.0, min(self.batch, n)
+        teaching, judging = (
+            (sign * part).to(self.dtype).flatten(0, 1) for part in (taught / total * (n / size), judged)
+        )
+        # Dropout must draw the same for a row whatever rows a member's neighbours have: it is shown all.
+        members = trainer(module, start, seen, decay, self.lr)
+        teach, judge = Purpose(teaching, taught.any(1) | draws), Purpose(judging, judged.any(1))
+        best = {key: value.repeat(g * s, *[1] * value.ndim) for key, value in start.items()}
         lowest, since = torch.full((g * s,), torch.inf, dtype=self.dtype), torch.zeros(g * s, dtype=torch.int64)
         judges = torch.nonzero(held.any(0).any(0))[:, 0]
-        optimiser = torch.optim.Adam(parameters.values(), lr=self.lr, fused=True)
-        size, order = min(self.batch, n), torch.arange(n)
-        z, share = batch(order[:size], teaching, taught_by)
-        module.train()
+        order = rows = torch.arange(n)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for step in range(self.steps):
                 at = step * size % max(size, n - n % size)
                 if size < n:
                     order = torch.randperm(n, generator=draw) if at == 0 else order
-                    z, share = batch(order[at : at + size], teaching, taught_by)
-                optimiser.zero_grad()
-                logits = run(parameters, z)
-                logits.backward(share * (-n / size) * torch.sigmoid(-share.sign() * logits.detach()))
-                for value in parameters.values():
-                    if value.ndim > 3 and value.grad is not None:
-                        value.grad.addcmul_(decay[on].view(*on.shape, *[1] * (value.ndim - 2)), value.detach())
-                optimiser.step()
+                    rows = order[at : at + size]
+                members.step(rows, teach)
                 if not len(judges) or not ((step + 1) % self.every == 0 or step == self.steps - 1):
                     continue
-                now = torch.zeros(on.shape, dtype=self.dtype)
-                module.eval()
-                with torch.no_grad():
-                    for part in judges.split(size):
-                        held_z, held_share = batch(part, judging, judged_by)
-                        losses = nn.functional.softplus(-held_share.sign() * run(parameters, held_z))
-                        now += (held_share.abs() * losses).sum(2)
-                module.train()
+                now, on = torch.stack([members.loss(some, judge) for some in judges.split(size)]).sum(0), members.on
                 better = (now < lowest[on]) & (since[on] < self.patience)
                 lowest[on] = torch.where(better, now, lowest[on])
                 since[on] = torch.where(better, 0, since[on] + 1)
-                for key, value in parameters.items():
-                    best[key][on[better]] = value.detach()[better]
-                going = since[on] < self.patience
-                width = int(going.sum(1).max())
-                if not width:
+                for key, value in members.parameters(better).items():
+                    best[key][on[better]] = value
+                going = since < self.patience
+                if not bool(going.any()):
                     break
-                if width * int(going.any(1).sum()) <= SPARSE * on.numel():
-                    # Groups stay equally wide: one that has fewer members left takes stopped ones along.
-                    kept = torch.arange(on.numel()).view_as(on)
-                    kept = kept.gather(1, going.argsort(dim=1, descending=True, stable=True)[:, :width])
-                    kept = kept[going.any(1)]
-                    on = on.flatten()[kept]
-                    parameters = {key: _kept(optimiser, value, kept) for key, value in parameters.items()}
-                    optimiser.param_groups[0]["params"] = list(parameters.values())
-                    z, share = batch(order[at : at + size], teaching, taught_by)
-        return best if len(judges) else {key: value.detach().flatten(0, 1) for key, value in parameters.items()}
-
-
-def _kept(
-    optimiser: torch.optim.Optimizer, value: Float[Tensor, "g s ..."], some: Int64[Tensor, "h r"]
-) -> Float[Tensor, "h r ..."]:
-    """Return the part of some members, and give it their part of what the optimiser remembers."""
-    part = value.detach().flatten(0, 1)[some].requires_grad_()
-    optimiser.state[part] = {
-        key: kept.flatten(0, 1)[some] if kept.shape == value.shape else kept
-        for key, kept in optimiser.state.pop(value).items()
-    }
-    return part
+                members.keep(going)
+        return best if len(judges) else members.parameters(torch.ones(g * s, dtype=torch.bool))
 
 
 def _rectangles(group: Int64[Tensor, " p"], each: int) -> Iterator[Int64[Tensor, "g s"]]:
@@ -260,114 +208,6 @@ def _rectangles(group: Int64[Tensor, " p"], each: int) -> Iterator[Int64[Tensor,
         for some in chunks(len(members), count * each):
             for few in chunks(count, each):
                 yield members[some, few]
-
-
-class _Seen:
-    """Rows as groups see them: standardised by a group's own; zeros for those that it must not see."""
-
-    def __init__(
-        self,
-        x: Float[Tensor, "n d"],
-        used: Bool[Tensor, "g n"],
-        mean: Float[Tensor, "g d"],
-        scale: Float[Tensor, "g d"],
-    ) -> None:
-        self._x, self._used, self._mean, self._scale = x, used, mean, scale
-        # Beforehand where there is room for all.
-        every = torch.arange(len(used))
-        rows = torch.arange(len(x)).expand(len(used), -1)
-        self._whole = self._standardised(every, rows).flatten(0, 1) if used.numel() * x.shape[1] <= ROOM else None
-
-    def __call__(self, groups: Int64[Tensor, " g"], rows: Int64[Tensor, "g b"]) -> Float[Tensor, "g b d"]:
-        """Return some rows of every one of some groups."""
-        if self._whole is None:
-            return self._standardised(groups, rows)
-        at = groups[:, None] * len(self._x) + rows
-        return self._whole.index_select(0, at.flatten()).unflatten(0, at.shape)
-
-    def _standardised(self, groups: Int64[Tensor, " g"], rows: Int64[Tensor, "g b"]) -> Float[Tensor, "g b d"]:
-        z = (self._x[rows].to(self._mean.dtype) - self._mean[groups, None]) / self._scale[groups, None]
-        return z.masked_fill_(~self._used[groups[:, None], rows][..., None], 0.0)
-
-
-class _Shared(torch.autograd.Function):
-    """The first layer of all members of a group, which share their rows; compiled, as `products_cpu` is."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Float[Tensor, "g r d"], bias: Float[Tensor, "g r"] | None, z: Float[Tensor, "g b d"]
-    ) -> Float[Tensor, "g r b"]:
-        """Return weight @ z.T + bias."""
-        from gapprobe.kernels import products_cpu  # a third of a second to import
-
-        ctx.save_for_backward(z)
-        ctx.biased = bias is not None
-        b = z.shape[1]
-        out = z.new_zeros(*weight.shape[:2], b) if bias is None else bias[..., None].repeat(1, 1, b)
-        if z.shape[2] < FEW:
-            return products_cpu.add_each_combined(weight.contiguous(), z.mT.contiguous(), out)
-        return products_cpu.add_each_dots(weight.contiguous(), z.contiguous(), out)
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Any) -> tuple[Tensor, Tensor | None, None]:
-        """Return the gradient by weight and bias."""
-        from gapprobe.kernels import products_cpu
-
-        (z,), slope = ctx.saved_tensors, slopes[0].contiguous()
-        out = z.new_zeros(*slope.shape[:2], z.shape[2])
-        products_cpu.add_each_combined(slope, z.contiguous(), out)
-        return out, slope.sum(2) if ctx.biased else None, None
-
-
-def _ensemble(
-    module: nn.Module, names: Collection[str], buffers: Mapping[str, Tensor]
-) -> Callable[[Mapping[str, Tensor], Tensor], Tensor]:
-    """Return what maps stacked parameters [g s ...] and rows [g b d], shared by s members, to outputs [g s b]."""
-    layers = _layers(module, names)
-
-    def side_by_side(parameters: Mapping[str, Tensor], z: Float[Tensor, "g b d"]) -> Float[Tensor, "g s b"]:
-        h = z.mT  # rows last: the products of all members of a group are one, and nothing is copied
-        for i, layer in enumerate(layers):
-            if isinstance(layer, nn.Linear):
-                weight, bias = parameters[f"{i}.weight"], parameters.get(f"{i}.bias")
-                if h.ndim == 3:
-                    own = None if bias is None else bias.flatten(1, 2)
-                    if h.device.type == "cpu" and h.dtype in (torch.float32, torch.float64):
-                        h = _Shared.apply(weight.flatten(1, 2), own, z)
-                    else:
-                        h = weight.flatten(1, 2) @ h
-                        h = h if own is None else h + own[..., None]
-                    h = h.unflatten(1, weight.shape[1:3])
-                else:
-                    h = weight @ h
-                    if bias is not None:
-                        h += bias[..., None]
-            else:
-                h = layer(h)
-        return h[:, :, 0]
-
-    one = vmap(lambda parameters, z: functional_call(module, (parameters, dict(buffers)), (z,)), randomness="same")
-
-    def one_by_one(parameters: Mapping[str, Tensor], z: Float[Tensor, "g b d"]) -> Float[Tensor, "g s b"]:
-        g, s = next(iter(parameters.values())).shape[:2]
-        out = one({key: value.flatten(0, 1) for key, value in parameters.items()}, z.repeat_interleave(s, 0))
-        return out.unflatten(0, (g, s))
-
-    return side_by_side if layers else one_by_one
-
-
-def _layers(module: nn.Module, names: Collection[str]) -> list[nn.Module]:
-    """Return the layers of a module that is nothing but linear layers and functions of single numbers, else none."""
-    if type(module) is not nn.Sequential:
-        return []
-    *layers, last = module
-    own = {f"{i}.{key}" for i, layer in enumerate(layers) for key, _ in layer.named_parameters()}
-    hooked = any(vars(part)[kind] for part in module.modules() for kind in HOOKS)
-    flat = type(last) is nn.Flatten and (last.start_dim, last.end_dim) == (0, -1)
-    known = all(type(layer) in (nn.Linear, *ELEMENTWISE) for layer in layers)
-    first = bool(layers) and type(layers[0]) is nn.Linear
-    # Names differ where two layers share their weights.
-    return layers if flat and known and first and not hooked and own == set(names) else []
 
 
 def held_out_rows(
