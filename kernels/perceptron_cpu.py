@@ -17,15 +17,15 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
+from gapprobe.kernels import tiles
 from gapprobe.kernels.compiled import by_rows, exact, sweep
 from gapprobe.kernels.exponential_cpu import log_of_one_and
 from gapprobe.kernels.line_cpu import sides
 from gapprobe.kernels.products_cpu import WORTH_A_THREAD, loop_combined, loop_dots
-from gapprobe.kernels.tiles import BYTES
+from gapprobe.kernels.tiles import BYTES, address
 
-TILE = 64  # rows that are turned at once
-CHUNK = 1 << 17  # numbers of rows that are gone through at once
-FEW = 128  # features below which sums over them are too short to be taken one by one
+TILE = 64  # rows, of which a product takes whole tiles
+CHUNK = 1 << 16  # numbers of rows that are gone through at once
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam (Kingma & Ba 2015, algorithm 1; torch's defaults)
 INPUTS, OUTPUTS, WEIGHT, BIAS, UNIT, RECTIFIED = range(6)  # columns of `Shape.table`
 
@@ -132,9 +132,10 @@ def _run(layers, state, z, counts, share, batch, members, group, of_members, rat
     learn, lanes, top = len(rates) > 0, BYTES // z.itemsize, layers[len(layers) - 1, UNIT]
     # Few enough rows at once for them and all that is made of them to stay in the cache; whole tiles.
     most = min(len(batch), max(1, CHUNK // d // TILE) * TILE)
-    room = (most + lanes - 1) // lanes * lanes
+    room, deep = (most + lanes - 1) // lanes * lanes, (d + lanes - 1) // lanes * lanes
+    apart = deep + lanes  # not a power of two: rows would get into each other's way in the cache
     units, spare = np.empty((top + 1) * room, z.dtype), np.empty(widest * room, z.dtype)
-    rows, across = np.empty(most * d, z.dtype), np.empty(d * room if d < FEW else 0, z.dtype)
+    rows, across = np.zeros(room * apart, z.dtype), np.empty(deep * room, z.dtype)
     chosen, own = np.empty(len(batch), np.uintp), np.empty(most, z.dtype)
     gradient = np.empty(0, z.dtype)
     start = first
@@ -150,19 +151,19 @@ def _run(layers, state, z, counts, share, batch, members, group, of_members, rat
             some = chosen[begin : min(begin + most, count)]
             c = len(some)
             wide = (c + lanes - 1) // lanes * lanes
-            _pick(z[block * d : (block + n) * d], some, d, rows)
-            if len(across):
-                _turn(rows, across, c, d, wide)
+            _pick(z[block * d : (block + n) * d], some, d, rows, apart)
+            rows[c * apart : wide * apart] = z.dtype.type(0)
+            _turn(rows, apart, across, wide, deep)
             for k in range(start, stop):
                 who = members[k]
                 mine = state[who * e : (who + 1) * e]
-                _pick(share[who * n : (who + 1) * n], some, 1, own)
-                _forward(layers, mine, rows, across, c, d, wide, units)
+                _pick(share[who * n : (who + 1) * n], some, 1, own, 1)
+                _forward(layers, mine, across, wide, units)
                 logits = units[top * wide : (top + 1) * wide]
                 if learn:
                     _slopes(logits, own[:c])
                     down = gradient[(k - start) * e : (k - start + 1) * e]
-                    _backward(layers, mine, rows, c, d, wide, units, spare, down)
+                    _backward(layers, mine, rows, apart, c, wide, units, spare, down)
                 else:
                     of_members[who] += _loss(logits, own[:c])
         if learn:
@@ -187,39 +188,32 @@ def _choose(batch, counts, chosen):
 
 @exact
 @no_type_check
-def _pick(lines, some, d, to):
+def _pick(lines, some, d, to, apart):
     for j in range(np.uintp(len(some))):
-        at, here = some[j] * np.uintp(d), j * np.uintp(d)
+        at, here = some[j] * np.uintp(d), j * np.uintp(apart)
         for i in range(np.uintp(d)):
             to[here + i] = lines[at + i]
 
 
 @exact
 @no_type_check
-def _turn(rows, across, c, d, wide):
-    for start in range(0, c, TILE):  # rows that the first cache holds
-        stop = min(start + TILE, c)
-        for k in range(np.uintp(d)):
-            line, column = across[k * wide + start : k * wide + stop], rows[start * d + k :]
-            for j in range(np.uintp(len(line))):
-                line[j] = column[j * d]
-    for k in range(d):
-        across[k * wide + c : (k + 1) * wide] = rows.dtype.type(0)
+def _turn(rows, apart, across, wide, deep):
+    lanes = BYTES // rows.itemsize
+    for j in range(0, wide, lanes):
+        for k in range(0, deep, lanes):
+            tiles.turn(address(rows, j * apart + k), apart, address(across, k * wide + j), wide)
 
 
 @exact
 @no_type_check
-def _forward(layers, mine, rows, across, c, d, wide, units):
+def _forward(layers, mine, across, wide, units):
     before = across
     for k in range(len(layers)):
         inputs, made, weight, bias = layers[k, INPUTS], layers[k, OUTPUTS], layers[k, WEIGHT], layers[k, BIAS]
         here = units[layers[k, UNIT] * wide : (layers[k, UNIT] + made) * wide]
         for u in range(made):
             here[u * wide : (u + 1) * wide] = mine[bias + u] if bias >= 0 else mine.dtype.type(0)
-        if k == 0 and len(across) == 0:
-            loop_dots(mine[weight:], d, made, rows, d, 0, c, d, None, here, wide)
-        else:
-            loop_combined(mine[weight:], inputs, 1, made, before, wide, inputs, 0, wide, None, here, wide)
+        loop_combined(mine[weight:], inputs, 1, made, before, wide, inputs, 0, wide, None, here, wide)
         if layers[k, RECTIFIED]:
             _rectify(here)
         before = here
@@ -227,7 +221,7 @@ def _forward(layers, mine, rows, across, c, d, wide, units):
 
 @exact
 @no_type_check
-def _backward(layers, mine, rows, c, d, wide, units, spare, gradient):
+def _backward(layers, mine, rows, apart, c, wide, units, spare, gradient):
     """Add to the gradient, given the slopes of the loss in place of the last units; units become slopes."""
     top = layers[len(layers) - 1]
     if top[BIAS] >= 0:
@@ -244,7 +238,8 @@ def _backward(layers, mine, rows, c, d, wide, units, spare, gradient):
         spare[: inputs * wide] = mine.dtype.type(0)
         loop_combined(mine[weight:], 1, inputs, inputs, slopes, wide, made, 0, wide, None, spare, wide)
         _pass_on(below, inputs, wide, spare, wide, mine, weight, gradient, bias, rectified)
-    loop_combined(units, wide, 1, layers[0, OUTPUTS], rows, d, c, 0, d, None, gradient[layers[0, WEIGHT] :], d)
+    d, made, down = layers[0, INPUTS], layers[0, OUTPUTS], gradient[layers[0, WEIGHT] :]
+    loop_combined(units, wide, 1, made, rows, apart, c, 0, d, None, down, d)
 
 
 @exact

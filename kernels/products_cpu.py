@@ -153,9 +153,7 @@ def loop_combined(left, left_row, left_step, p, right, right_step, n, first, las
     fetches = max(1, (COMBINED[1] + passes - 1) // passes)
     for start in range(0, n, DEPTH):
         depth = min(DEPTH, n - start)
-        column = first
-        while column < last:
-            whole = last - column >= COMBINED[1] * lanes
+        for column in range(first, last, COMBINED[1] * lanes):
             at = start * right_step + column
             less = address(centre, column)
             for t in range(passes):
@@ -171,13 +169,12 @@ def loop_combined(left, left_row, left_step, p, right, right_step, n, first, las
                     right_step,
                     last - column,
                     address(right, soon),
-                    fetches if whole else 1,
+                    fetches,
                     less,
                     depth,
                     address(out, row * out_step + column),
                     out_step,
                 )
-            column += COMBINED[1] * lanes if whole else lanes
 
 
 @exact

@@ -118,8 +118,8 @@ def add_combined(
 ):
     """Add to `out` sums over `n` rows of the right side, each times a number of the left one.
 
-    `columns` are those that are left of the row: a whole tile, or else one vector of at most so many. The memory is
-    asked for `fetches` vectors of every row from `soon` on, as `shares` has them.
+    `columns` are those that are left of the row: a tile is as wide as there are. In a whole one the memory is asked for
+    `fetches` vectors of every row from `soon` on, as `shares` has them.
     """
     signature = types.void(
         rows, left, left_row, left_step, right, right_step, columns, soon, fetches, centre, n, out, out_step
@@ -130,13 +130,13 @@ def add_combined(
         tile = _Tile(builder, signature.args[11].dtype)
         kind, wide = signature.args[4].dtype, signature.args[11].dtype
 
-        def of(count: int, vectors: int, mask: Any = None) -> None:
-            sums = tile.zeros(count, vectors)
+        def of(count: int, vectors: int, last: Any = None) -> None:
+            sums, masks = tile.zeros(count, vectors), [None] * (vectors - 1) + [last]
             lefts = [builder.gep(left, [builder.mul(_INDEX(i), left_row)]) for i in range(count)]
             lanes = [_INDEX(j * tile.lanes) for j in range(vectors)]
             off = None
             if signature.args[9] != types.none:
-                off = [tile.load(builder.gep(centre, [j]), wide, mask) for j in lanes]
+                off = [tile.load(builder.gep(centre, [j]), wide, mask) for j, mask in zip(lanes, masks, strict=True)]
 
             def go(fetched: int) -> None:
                 with cgutils.for_range_slice(builder, _INDEX(0), n, _INDEX(1), _INDEX) as (k, _):
@@ -144,7 +144,9 @@ def add_combined(
                     row, ahead = builder.gep(right, [at]), builder.gep(soon, [at])
                     for j in lanes[:fetched]:
                         tile.fetch(builder.gep(ahead, [j]), FIRST)
-                    numbers = [tile.load(builder.gep(row, [j]), kind, mask) for j in lanes]
+                    numbers = [
+                        tile.load(builder.gep(row, [j]), kind, mask) for j, mask in zip(lanes, masks, strict=True)
+                    ]
                     if off is not None:
                         numbers = [builder.fsub(number, less) for number, less in zip(numbers, off, strict=True)]
                     for own_left, own in zip(lefts, sums, strict=True):
@@ -153,18 +155,55 @@ def add_combined(
                         for place, number in zip(own, numbers, strict=True):
                             tile.add_product(place, factor, number)
 
-            tile.for_count(fetches, shares(vectors), go)
+            if last is None:
+                tile.for_count(fetches, shares(vectors), go)
+            else:
+                go(0)
             for i, own in enumerate(sums):
-                for j, place in zip(lanes, own, strict=True):
+                for j, place, mask in zip(lanes, own, masks, strict=True):
                     to = builder.gep(out, [builder.add(builder.mul(_INDEX(i), out_step), j)])
                     tile.store(builder.fadd(tile.load(to, wide, mask), builder.load(place)), to, mask)
 
+        heights = range(1, COMBINED[0] + 1)
         full = builder.icmp_signed(">=", columns, _INDEX(COMBINED[1] * tile.lanes))
         with builder.if_else(full) as (then, otherwise):
             with then:
-                tile.for_count(rows, range(1, COMBINED[0] + 1), lambda count: of(count, COMBINED[1]))
+                tile.for_count(rows, heights, lambda count: of(count, COMBINED[1]))
             with otherwise:
-                tile.for_count(rows, range(1, COMBINED[0] + 1), lambda count: of(count, 1, tile.first(columns)))
+                vectors = builder.sdiv(builder.add(columns, _INDEX(tile.lanes - 1)), _INDEX(tile.lanes))
+                before = builder.mul(builder.sub(vectors, _INDEX(1)), _INDEX(tile.lanes))
+                mask = tile.first(builder.sub(columns, before))
+
+                def narrow(width: int) -> None:
+                    tile.for_count(rows, heights, lambda count: of(count, width, mask))
+
+                tile.for_count(vectors, range(1, COMBINED[1] + 1), narrow)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+@no_type_check
+def turn(_context, rows, rows_step, out, out_step):
+    """Write a square of numbers, as wide as a vector, with rows and columns exchanged."""
+    signature = types.void(rows, rows_step, out, out_step)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, rows_step, out, out_step = args
+        tile = _Tile(builder, signature.args[0].dtype)
+        lanes = tile.lanes
+        lines = [tile.load(builder.gep(rows, [builder.mul(_INDEX(i), rows_step)]), tile.number) for i in range(lanes)]
+        # Squares of half the size change places, in all squares at once, until they are single numbers.
+        half = lanes // 2
+        while half:
+            for i in (i for i in range(lanes) if not i & half):
+                pair = lines[i], lines[i + half]
+                lines[i] = tile.picked(*pair, [j + (lanes - half if j & half else 0) for j in range(lanes)])
+                lines[i + half] = tile.picked(*pair, [j + (lanes if j & half else half) for j in range(lanes)])
+            half //= 2
+        for i, line in enumerate(lines):
+            tile.store(line, builder.gep(out, [builder.mul(_INDEX(i), out_step)]))
         return context.get_dummy_value()
 
     return signature, generate
@@ -252,7 +291,7 @@ class _Tile:
         a, b = self.b.load(first), self.b.load(second)
         low = [start + i for start in (0, self.lanes) for i in range(self.lanes // 2)]
         while True:
-            both = self.b.fadd(self._picked(a, b, low), self._picked(a, b, [i + len(low) // 2 for i in low]))
+            both = self.b.fadd(self.picked(a, b, low), self.picked(a, b, [i + len(low) // 2 for i in low]))
             if both.type.count == 2:
                 return both
             a, b = both, both
@@ -267,7 +306,8 @@ class _Tile:
             with fewer, self.b.if_then(self.b.icmp_signed("==", count, _INDEX(1))):
                 self.b.store(self.b.fadd(self.b.load(pointer), self.b.extract_element(totals, _INT(0))), pointer)
 
-    def _picked(self, a: Any, b: Any, lanes: list[int]) -> Any:
+    def picked(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        """Return lanes of two vectors, the second's counted on from the first's."""
         return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(lanes)), lanes))
 
     def _call(self, name: str, returned: ir.Type, arguments: list[Any]) -> Any:
