@@ -115,8 +115,8 @@ def _by_members(
     of_members: Float[Tensor, " p"],
     rates: Float[Tensor, " r"],
 ) -> None:
-    whole = (each.contiguous().view(-1) for each in (state, batch.z, batch.counts, batch.share))
-    arrays = [each.numpy() for each in (*whole, batch.rows, batch.members, batch.group, of_members, rates)]
+    lines = (state.view(-1), *(each.contiguous().view(-1) for each in (batch.z, batch.counts, batch.share)))
+    arrays = [each.numpy() for each in (*lines, batch.rows, batch.members, batch.group, of_members, rates)]
     sizes = (*state.shape[1:], *batch.z.shape[1:], max(shape.widths[1:]))
 
     def run(first: int, last: int) -> None:
@@ -135,7 +135,7 @@ def _run(layers, state, z, counts, share, batch, members, group, of_members, rat
     room, deep = (most + lanes - 1) // lanes * lanes, (d + lanes - 1) // lanes * lanes
     apart = deep + lanes  # not a power of two: rows would get into each other's way in the cache
     units, spare = np.empty((top + 1) * room, z.dtype), np.empty(widest * room, z.dtype)
-    rows, across = np.zeros(room * apart, z.dtype), np.empty(deep * room, z.dtype)
+    rows, across = np.empty(room * apart, z.dtype), np.empty(deep * room, z.dtype)
     chosen, own = np.empty(len(batch), np.uintp), np.empty(most, z.dtype)
     gradient = np.empty(0, z.dtype)
     start = first

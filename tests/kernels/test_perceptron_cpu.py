@@ -156,6 +156,12 @@ def test_far_from_the_middle_losses_are_what_they_are(dtype):
     assert state[0, 2, 0].isnan()
 
 
+def test_what_is_no_number_stays_none_behind_a_rectified_unit():
+    state, _, batch = drawn(PLAIN)
+    state[0, 2, 3] = torch.nan  # of the first layer
+    assert perceptron_cpu.loss(PLAIN, state, batch).isnan().tolist() == [False, False, True, False, False, False]
+
+
 def test_members_whom_no_row_of_a_batch_concerns_are_drawn_to_nothing():
     state, decay, batch = drawn(PLAIN)
     batch = replace(batch, counts=torch.zeros_like(batch.counts), share=torch.zeros_like(batch.share))

@@ -77,17 +77,56 @@ def test_rows_of_no_weight_leave_no_trace_however_large():
     assert torch.equal(probe.fit(spoiled, y[:1], weights[:1], strengths[:1], 3).scores(x), before)
 
 
-def test_members_that_stop_early_are_let_go_and_the_others_train_on_as_before():
+class Wrapped(nn.Module):
+    """Hides that a module is a sequence of layers."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("make", [plain, lambda d: Wrapped(plain(d))])
+@pytest.mark.parametrize("room", [0, modules.ROOM])  # to standardise all rows beforehand
+@pytest.mark.parametrize("batch", [1000, 60])
+def test_members_that_stop_early_are_let_go_and_the_others_train_on_as_before(make, batch, room, monkeypatch):
+    monkeypatch.setattr(modules, "ROOM", room)
     x, y, weights, _ = drawn(1, n=150)
     # Two problems share rows and labels, four share rows, one is alone: they stop at different steps.
     y, weights = y[[0, 1, 2, 0, 0, 2, 0]], weights[[0, 1, 0, 0, 1, 0, 2]]
     strengths = torch.tensor([1e-3, 1e-3, 1e-3, 30.0, 30.0, 30.0, 0.1]).double()
-    probe = exactly(plain, steps=200, lr=0.02, held_out=0.3, patience=2)
+    probe = exactly(make, steps=200, lr=0.02, batch=batch, held_out=0.3, patience=2)
     together = probe.fit(x, y, weights, strengths, 0).scores(x)
     for i in range(7):
         one = slice(i, i + 1)
         alone = probe.fit(x, y[one], weights[one], strengths[one], 0).scores(x)
         torch.testing.assert_close(together[i], alone[0], **SAME)
+
+
+@pytest.mark.parametrize("room", [0, modules.ROOM])
+def test_a_group_whose_members_have_all_stopped_is_let_go(room, monkeypatch):
+    monkeypatch.setattr(modules, "ROOM", room)
+    groups = []
+    batch = training._Perceptron._batch
+    monkeypatch.setattr(
+        training._Perceptron,
+        "_batch",
+        lambda own, *told: (groups.append(own._group.unique().tolist()), batch(own, *told))[1],
+    )
+    x, y, weights, _ = drawn(1, n=150)
+    # Units that are drawn to nothing soon learn no more: the first group stops first.
+    y, weights, strengths = y[[0, 2, 0, 2]], weights[[1, 1, 0, 0]], torch.tensor([1e-3, 1e-3, 30.0, 30.0]).double()
+    probe = exactly(plain, steps=200, lr=0.02, batch=60, held_out=0.3, patience=2)
+    together = probe.fit(x, y, weights, strengths, 0).scores(x)
+    assert [0, 1] in groups
+    assert [1] in groups
+    for i in range(4):
+        one = slice(i, i + 1)
+        torch.testing.assert_close(
+            together[i], probe.fit(x, y[one], weights[one], strengths[one], 0).scores(x)[0], **SAME
+        )
 
 
 def tied(d):
@@ -99,17 +138,6 @@ def hooked(d):
     made = plain(d)
     made[0].register_forward_hook(lambda *told: told[2] * 2)
     return made
-
-
-class Wrapped(nn.Module):
-    """Hides that a module is a sequence of layers."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x)
 
 
 @pytest.mark.parametrize(
