@@ -9,8 +9,11 @@ a function's own file changes: after a change to this one, `touch` the files tha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from itertools import pairwise
 from typing import Any, no_type_check
 
 import numba
@@ -125,5 +128,20 @@ def by_rows(run: Callable[[int, int], None], rows: int, width: int, worth: int |
         run(0, rows)
         return
     cuts = [rows * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads, "gapprobe-sweep") as pool:
-        list(pool.map(run, cuts, cuts[1:]))
+    others = [_pool(threads - 1).submit(run, *part) for part in pairwise(cuts[1:])]
+    try:
+        run(0, cuts[1])
+    finally:
+        wait(others)  # they write into memory that the caller owns
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return threads that wait for work: to start them anew takes as long as many a sweep."""
+    return ThreadPoolExecutor(threads, "gapprobe-sweep")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
