@@ -19,8 +19,13 @@ class Last(nn.Module):
         return self.map(x)[:, 0]
 
 
-@pytest.mark.parametrize("make", [Last, lambda d: nn.Sequential(nn.Linear(d, 1), nn.Flatten(0))])
-def test_members_that_are_let_go_stay_where_they_are_and_the_others_go_on(make):
+@pytest.mark.parametrize(
+    ("make", "rounding"),
+    # torch's products of fewer members may be summed in another order, compiled steps are not.
+    [(Last, 1e-12), (lambda d: nn.Sequential(nn.Linear(d, 1), nn.Flatten(0)), 0.0)],
+)
+def test_members_that_are_let_go_stay_where_they_are_and_the_others_go_on(make, rounding):
+    torch.manual_seed(0)
     x, y, _, _ = drawn(p=1)
     used = torch.ones(2, len(x), dtype=torch.bool)
     module = make(x.shape[1]).double()
@@ -34,7 +39,7 @@ def test_members_that_are_let_go_stay_where_they_are_and_the_others_go_on(make):
     before = members.loss(rows, purpose)
     members.keep(torch.tensor([False, True, False, False]))
     assert members.on.tolist() == [1]
-    assert members.loss(rows, purpose).equal(before[1:2])
+    torch.testing.assert_close(members.loss(rows, purpose), before[1:2], rtol=0, atol=rounding)
     one = {key: value.clone() for key, value in members.parameters(every[:1]).items()}
     members.step(rows, purpose)
     assert float(members.loss(rows, purpose)) < float(before[1])
