@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, no_type_check
 
 import numpy as np
@@ -48,8 +49,8 @@ class Shape:
     def table(self) -> np.ndarray:
         """Return a row a layer: inputs, outputs, where its weight and bias (or -1) and its units begin, rectified."""
         rows, at, unit = [], 0, 0
-        for inputs, outputs, biased, rectified in zip(
-            self.widths, self.widths[1:], self.biased, self.rectified, strict=False
+        for (inputs, outputs), biased, rectified in zip(
+            pairwise(self.widths), self.biased, self.rectified, strict=True
         ):
             bias = at + inputs * outputs
             rows.append((inputs, outputs, at, bias if biased else -1, unit, rectified))
@@ -59,7 +60,7 @@ class Shape:
     @property
     def size(self) -> int:
         """Return the parameters of a member."""
-        return sum(o * (i + b) for i, o, b in zip(self.widths, self.widths[1:], self.biased, strict=False))
+        return sum(o * (i + b) for (i, o), b in zip(pairwise(self.widths), self.biased, strict=True))
 
 
 @dataclass(frozen=True)

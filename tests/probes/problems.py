@@ -1,6 +1,16 @@
-"""Problems that tests of several probes fit."""
+"""Problems that tests of several probes fit, and a module that fits them."""
 
 import torch
+from torch import nn
+
+
+class Line(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.map = nn.Linear(d, 1)
+
+    def forward(self, x):
+        return self.map(x)[:, 0]
 
 
 def drawn(seed=0, n=90, d=5, p=3):

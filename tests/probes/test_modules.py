@@ -10,16 +10,7 @@ from gapprobe.errors import ConfigError
 from gapprobe.kernels import logistic
 from gapprobe.probes import ensembles, modules, training
 from gapprobe.probes.modules import from_module
-from tests.probes.problems import drawn
-
-
-class Line(nn.Module):
-    def __init__(self, d):
-        super().__init__()
-        self.map = nn.Linear(d, 1)
-
-    def forward(self, x):
-        return self.map(x)[:, 0]
+from tests.probes.problems import Line, drawn
 
 
 def test_linear_modules_are_logistic_regression():

@@ -5,24 +5,13 @@ import torch
 from torch import nn
 
 from gapprobe.probes.training import Purpose, Seen, trainer
-from tests.probes.problems import drawn
-
-
-class Last(nn.Module):
-    """Takes the way of torch's gradients."""
-
-    def __init__(self, d):
-        super().__init__()
-        self.map = nn.Linear(d, 1)
-
-    def forward(self, x):
-        return self.map(x)[:, 0]
+from tests.probes.problems import Line, drawn
 
 
 @pytest.mark.parametrize(
     ("make", "rounding"),
     # torch's products of fewer members may be summed in another order, compiled steps are not.
-    [(Last, 1e-12), (lambda d: nn.Sequential(nn.Linear(d, 1), nn.Flatten(0)), 0.0)],
+    [(Line, 1e-12), (lambda d: nn.Sequential(nn.Linear(d, 1), nn.Flatten(0)), 0.0)],
 )
 def test_members_that_are_let_go_stay_where_they_are_and_the_others_go_on(make, rounding):
     torch.manual_seed(0)

@@ -156,8 +156,8 @@ class _Autograd(Trainer):
         """Return those of some rows that count for a group, and their shares for its members."""
         own = purpose.counts[self._groups[:, None], rows]
         index = rows[own.argsort(dim=1, descending=True, stable=True)[:, : max(1, int(own.sum(1).max()))]]
-        own = purpose.share[self.on.view_as(self._decay)[..., None], index[:, None]]
-        return self._seen(self._groups, index), own
+        share = purpose.share[self.on.view_as(self._decay)[..., None], index[:, None]]
+        return self._seen(self._groups, index), share
 
     def _kept(self, value: Float[Tensor, "g s ..."], some: Int64[Tensor, "h r"]) -> Float[Tensor, "h r ..."]:
         """Return the part of some members, and give it their part of what the optimiser remembers."""
@@ -181,7 +181,8 @@ class _Perceptron(Trainer):
         self._group = torch.arange(len(decay)).repeat_interleave(decay.shape[1])
         line = torch.cat([value.flatten() for value in start.values()])
         # Parameters, and what Adam remembers of their gradients.
-        self._state = torch.stack([line, 0 * line, 0 * line])[:, None].repeat(1, decay.numel(), 1)
+        self._state = line.new_zeros(3, decay.numel(), len(line))
+        self._state[0] = line
 
     def step(self, rows: Int64[Tensor, " b"], purpose: Purpose) -> None:
         from gapprobe.kernels import perceptron_cpu  # a third of a second to import
